@@ -47,13 +47,7 @@ impl ClassLayout {
             let row_bytes = layer_shape.row_bytes(shape.row_type);
             let page_bytes = (layer_shape.lanes() * CHUNK_TOKENS * row_bytes) as u64;
             plane_of_layer[layer] = Some(planes.len() as u16);
-            planes.push(Plane {
-                layer: layer as u16,
-                lanes: layer_shape.kv_heads,
-                row_bytes: row_bytes as u32,
-                page_bytes,
-                before_bytes,
-            });
+            planes.push(Plane { layer: layer as u16, lanes: layer_shape.kv_heads, row_bytes: row_bytes as u32, page_bytes, before_bytes });
             before_bytes += page_bytes;
         }
         Self { class, planes, slot_bytes: before_bytes, plane_of_layer }

@@ -107,7 +107,9 @@ pub enum ShapeError {
         head_dim: u16,
     },
     /// Query heads do not divide into lanes.
-    #[error("layers[{layer}]: {query_heads} query heads on {kv_heads} kv heads; query_heads must be a multiple of kv_heads, with 1 to {max_group} a lane and 1 to {max_heads} in all")]
+    #[error(
+        "layers[{layer}]: {query_heads} query heads on {kv_heads} kv heads; query_heads must be a multiple of kv_heads, with 1 to {max_group} a lane and 1 to {max_heads} in all"
+    )]
     Heads {
         /// Layer index.
         layer: usize,

@@ -26,8 +26,7 @@ impl LabelCoder {
     /// Joins a plan with a checked calibration.
     #[must_use]
     pub fn new(plan: &LabelPlan, calibration: &LayerCalibration) -> Self {
-        let widths: Vec<u8> =
-            plan.groups().iter().flat_map(|group| std::iter::repeat_n(group.bits, usize::from(group.channels))).collect();
+        let widths: Vec<u8> = plan.groups().iter().flat_map(|group| std::iter::repeat_n(group.bits, usize::from(group.channels))).collect();
         let lanes = calibration.lanes.iter().map(|lane| {
             let channels: Vec<u16> = lane.order[..widths.len()].to_vec();
             let range = |&channel: &u16| (lane.low[usize::from(channel)], lane.high[usize::from(channel)]);

@@ -59,10 +59,7 @@ impl LabelPlan {
     /// d/8 channels at 4 bit and d/4 at 2 bit: 1/32 of a 16-bit row (LIMITS.md).
     #[must_use]
     pub fn small(head_dim: u16) -> Self {
-        Self::Channels(vec![
-            LabelGroup { channels: head_dim / 8, bits: 4 },
-            LabelGroup { channels: head_dim / 4, bits: 2 },
-        ])
+        Self::Channels(vec![LabelGroup { channels: head_dim / 8, bits: 4 }, LabelGroup { channels: head_dim / 4, bits: 2 }])
     }
 
     /// d/2 channels at 4 bit: 1/16 of a 16-bit row.
