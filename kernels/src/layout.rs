@@ -3,7 +3,8 @@
 //! A segment holds the rows of one slot class of one model shape. For each layer of the class it has one plane of
 //! `slots x lanes x 256 x row_bytes`; the page of (slot, layer) is contiguous: `lanes x 256` rows, lane after lane.
 
-use crate::shape::{LaneKind, ModelShape};
+use crate::label::LabelPlan;
+use crate::shape::{LaneKind, LayerShape, ModelShape};
 use crate::slot::{CHUNK_TOKENS, SlotClass};
 
 /// One layer's part of a slot.
@@ -34,20 +35,28 @@ pub struct ClassLayout {
 }
 
 impl ClassLayout {
-    /// The layout of `class` for `shape`.
+    /// The rows of `class` for `shape`.
     #[must_use]
     pub fn new(shape: &ModelShape, class: SlotClass) -> Self {
+        Self::with_row_bytes(shape, class, |layer| layer.row_bytes(shape.row_type))
+    }
+
+    /// The labels that lie parallel to the selected class's rows; "row bytes" are label bytes here.
+    #[must_use]
+    pub fn labels(shape: &ModelShape, plan: &LabelPlan) -> Self {
+        Self::with_row_bytes(shape, SlotClass::Selected, |_| plan.label_bytes())
+    }
+
+    fn with_row_bytes(shape: &ModelShape, class: SlotClass, row_bytes: impl Fn(&LayerShape) -> usize) -> Self {
         let mut planes = Vec::new();
         let mut plane_of_layer = vec![None; shape.layers.len()];
         let mut before_bytes = 0;
-        for (layer, layer_shape) in shape.layers.iter().enumerate() {
-            if class_of(layer_shape.kind) != class {
-                continue;
-            }
-            let row_bytes = layer_shape.row_bytes(shape.row_type);
+        for (layer, layer_shape) in shape.layers.iter().enumerate().filter(|(_, layer)| class_of(layer.kind) == class) {
+            let row_bytes = row_bytes(layer_shape);
             let page_bytes = (layer_shape.lanes() * CHUNK_TOKENS * row_bytes) as u64;
             plane_of_layer[layer] = Some(planes.len() as u16);
-            planes.push(Plane { layer: layer as u16, lanes: layer_shape.kv_heads, row_bytes: row_bytes as u32, page_bytes, before_bytes });
+            let row_bytes = row_bytes as u32;
+            planes.push(Plane { layer: layer as u16, lanes: layer_shape.kv_heads, row_bytes, page_bytes, before_bytes });
             before_bytes += page_bytes;
         }
         Self { class, planes, slot_bytes: before_bytes, plane_of_layer }

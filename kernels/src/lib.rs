@@ -13,4 +13,5 @@ pub mod heads;
 pub mod label;
 pub mod layout;
 pub mod shape;
+pub mod shared;
 pub mod slot;
