@@ -1,1 +1,7 @@
-//! placeholder
+//! The Sluice daemon: owner of every KV cache of a machine.
+//!
+//! The path of a request, which is also the reading order: `service` (gRPC) turns messages into commands of the [`engine`], one thread
+//! that owns all state; its seal jobs run on a small pool, its decisions are journaled; `decode` hosts the decoder of Stream clients;
+//! `attach` hands descriptors to Direct clients.
+
+pub mod engine;
