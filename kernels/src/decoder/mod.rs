@@ -1,0 +1,403 @@
+//! The decoder: one layer of one step over a ragged batch of sequences (DESIGN.md, section 6).
+//!
+//! The result of a query at position p is a function of the rows up to p, the query, the sequence's settings and its calibration: the
+//! horizon follows from p + 1 alone, wherever rows and labels happen to lie.
+
+mod fidelity;
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+use crate::device::{AttendJob, Device, ManyJob, StepJob, StepResult};
+use crate::sequence::{LayerPart, Sequence, SequenceError};
+use crate::shape::LaneKind;
+use crate::slot::CHUNK_TOKENS;
+
+pub use fidelity::fidelity_digest;
+
+/// How a step attends full-attention layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attend {
+    /// By the sequence's settings; densely while it has no calibration.
+    Sparse,
+    /// All rows, exactly.
+    Dense,
+}
+
+/// One sequence's part of one layer of a step.
+pub struct StepRequest<'a> {
+    /// The sequence; rows of the query tokens are appended already.
+    pub sequence: &'a mut Sequence,
+    /// Position of the first query token; the others follow it.
+    pub first_position: usize,
+    /// `[query][own query head][head_dim]`, f32, after rotary embedding, not scaled.
+    pub queries: &'a [f32],
+    /// Sparse or dense.
+    pub attend: Attend,
+    /// `[query][own query head][head_dim]`.
+    pub output: &'a mut [f32],
+    /// `[query][own query head]`: natural log-sum-exp of the scaled scores over the attended rows.
+    pub lse: &'a mut [f32],
+}
+
+/// Costs of one sequence's part of one layer of a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepReport {
+    /// Rows selected before the horizon, all lanes and queries.
+    pub selected_rows: u64,
+    /// Of these, found in the hot pool.
+    pub hot_rows: u64,
+    /// Bytes of rows read, selected and exact.
+    pub row_bytes: u64,
+    /// Bytes of labels read.
+    pub label_bytes: u64,
+    /// Scoring labels.
+    pub score: Duration,
+    /// Choosing rows.
+    pub select: Duration,
+    /// Fetching rows that were not hot, where it is a pass of its own (the CPU fetches while it attends).
+    pub gather: Duration,
+    /// Attending.
+    pub attend: Duration,
+}
+
+impl std::ops::AddAssign for StepReport {
+    fn add_assign(&mut self, other: Self) {
+        self.selected_rows += other.selected_rows;
+        self.hot_rows += other.hot_rows;
+        self.row_bytes += other.row_bytes;
+        self.label_bytes += other.label_bytes;
+        self.score += other.score;
+        self.select += other.select;
+        self.gather += other.gather;
+        self.attend += other.attend;
+    }
+}
+
+/// A step that is refused; nothing was computed.
+#[derive(Debug, Error)]
+pub enum StepError {
+    /// The sequence refuses.
+    #[error(transparent)]
+    Sequence(#[from] SequenceError),
+    /// Buffers that do not fit each other.
+    #[error("{field}: {given} values, {expected} expected")]
+    Length {
+        /// Which buffer.
+        field: &'static str,
+        /// Values given.
+        given: usize,
+        /// Values expected.
+        expected: usize,
+    },
+    /// A query with a value that cannot be scored.
+    #[error("queries: value {index} is not finite")]
+    NotFinite {
+        /// Index of the value.
+        index: usize,
+    },
+    /// Rows of the queries' own tokens are missing.
+    #[error("first_position: queries end at {end}, but layer {layer} has {written} rows")]
+    NotWritten {
+        /// Layer.
+        layer: usize,
+        /// End of the queries.
+        end: usize,
+        /// Rows of the layer.
+        written: usize,
+    },
+    /// Selected rows exist for full-attention layers only.
+    #[error("layer: {layer} is a sliding-window layer; rows are selected in full-attention layers only")]
+    NotSelected {
+        /// Layer.
+        layer: usize,
+    },
+}
+
+/// Rows that a step attends, to hand to somebody who attends them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LaneRows {
+    /// Ascending positions.
+    pub positions: Vec<u32>,
+    /// Their rows, `[row][row_bytes]`.
+    pub rows: Vec<u8>,
+}
+
+/// Performs steps on one device.
+pub struct Decoder {
+    device: Box<dyn Device>,
+    positions: Vec<u32>,
+}
+
+impl std::fmt::Debug for Decoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Decoder").field("device", &self.device.name()).finish_non_exhaustive()
+    }
+}
+
+/// What one query token attends.
+struct Plan {
+    /// Rows selected a lane; zero when everything before the horizon is attended exactly.
+    count: usize,
+    horizon: usize,
+    exact_from: usize,
+}
+
+impl Decoder {
+    /// A decoder on a device.
+    #[must_use]
+    pub fn new(device: Box<dyn Device>) -> Self {
+        Self { device, positions: Vec::new() }
+    }
+
+    /// Name of the device.
+    #[must_use]
+    pub fn device_name(&self) -> &str {
+        self.device.name()
+    }
+
+    /// Performs one layer of one step. Each request succeeds or is refused on its own.
+    pub fn step(&mut self, layer: usize, batch: &mut [StepRequest<'_>]) -> Vec<Result<StepReport, StepError>> {
+        batch.iter_mut().map(|request| self.step_one(layer, request)).collect()
+    }
+
+    /// Performs one sequence's part of one layer of a step.
+    ///
+    /// # Errors
+    /// Buffers, positions or values that do not fit; rows that cannot be reached.
+    pub fn step_one(&mut self, layer: usize, request: &mut StepRequest<'_>) -> Result<StepReport, StepError> {
+        let part = check(layer, request)?;
+        let query_values = part.geometry.heads.query_heads() * part.geometry.head_dim;
+        let count = request.queries.len() / query_values;
+        request.sequence.open().start_step();
+        let result = match part.kind {
+            LaneKind::Window { tokens } => self.exact(layer, request, &part, Some(tokens as usize)),
+            LaneKind::Selected if request.attend == Attend::Dense && count > 1 => self.exact(layer, request, &part, None),
+            LaneKind::Selected => self.queries_one_by_one(layer, request, &part, query_values),
+        };
+        request.sequence.open().complete_step();
+        result
+    }
+
+    fn queries_one_by_one(
+        &mut self,
+        layer: usize,
+        request: &mut StepRequest<'_>,
+        part: &LayerPart,
+        query_values: usize,
+    ) -> Result<StepReport, StepError> {
+        let heads = part.geometry.heads.query_heads();
+        let mut report = StepReport::default();
+        for (index, query) in request.queries.chunks_exact(query_values).enumerate() {
+            let position = request.first_position + index;
+            let output = &mut request.output[index * query_values..(index + 1) * query_values];
+            let lse = &mut request.lse[index * heads..(index + 1) * heads];
+            let plan = plan(request.sequence, request.attend, position);
+            report += if plan.count == 0 {
+                self.attend_from(layer, request.sequence, part, query, plan.exact_from..position + 1, output, lse)?
+            } else {
+                self.attend_selected(layer, request.sequence, part, query, &plan, position, output, lse)?
+            };
+        }
+        Ok(report)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one query's slices of a request; a struct for them would be the request again")]
+    fn attend_selected(
+        &mut self,
+        layer: usize,
+        sequence: &mut Sequence,
+        part: &LayerPart,
+        query: &[f32],
+        plan: &Plan,
+        position: usize,
+        output: &mut [f32],
+        lse: &mut [f32],
+    ) -> Result<StepReport, StepError> {
+        let chunks = plan.horizon / CHUNK_TOKENS;
+        sequence.ensure_labels(layer, chunks, self.device.as_mut());
+        sequence.mark_fidelity(position, Some(fidelity_digest(&sequence.settings(), sequence.plan())));
+        let mut labels = Vec::with_capacity(chunks);
+        let Some(coder) = sequence.labels(layer, chunks, &mut labels)? else {
+            return self.attend_from(layer, sequence, part, query, 0..position + 1, output, lse);
+        };
+        let mut pages = Vec::with_capacity(position / CHUNK_TOKENS + 1);
+        sequence.pages(layer, 0..position / CHUNK_TOKENS + 1, &mut pages)?;
+        let lanes = part.geometry.heads.lanes();
+        self.positions.resize(lanes * plan.count, 0);
+        let sinks = (sequence.settings().sink_tokens as usize).min(plan.count);
+        let exact_to = position + 1;
+        let job = StepJob { geometry: part.geometry, query, labels: &labels, coder, pages: &pages, count: plan.count, sinks, exact_to };
+        let times = self.device.step(&job, StepResult { positions: &mut self.positions, output, lse });
+        let exact = exact_to - plan.horizon;
+        Ok(StepReport {
+            selected_rows: (lanes * plan.count) as u64,
+            hot_rows: 0,
+            row_bytes: (lanes * (plan.count + exact) * part.geometry.row_bytes()) as u64,
+            label_bytes: labels.iter().map(|page| page.len() as u64).sum(),
+            score: times.score,
+            select: times.select,
+            gather: Duration::ZERO,
+            attend: times.attend,
+        })
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one query's slices of a request; a struct for them would be the request again")]
+    fn attend_from(
+        &mut self,
+        layer: usize,
+        sequence: &Sequence,
+        part: &LayerPart,
+        query: &[f32],
+        rows: Range<usize>,
+        output: &mut [f32],
+        lse: &mut [f32],
+    ) -> Result<StepReport, StepError> {
+        let mut pages = Vec::with_capacity(rows.end.div_ceil(CHUNK_TOKENS));
+        sequence.pages(layer, rows.start / CHUNK_TOKENS..rows.end.div_ceil(CHUNK_TOKENS), &mut pages)?;
+        let begin = Instant::now();
+        let job = AttendJob {
+            geometry: part.geometry,
+            query,
+            pages: &pages,
+            listed: &[],
+            listed_per_lane: 0,
+            exact_from: rows.start,
+            exact_to: rows.end,
+            hot: None,
+        };
+        self.device.attend(&job, output, lse);
+        let row_bytes = (rows.len() * part.geometry.heads.lanes() * part.geometry.row_bytes()) as u64;
+        Ok(StepReport { row_bytes, attend: begin.elapsed(), ..StepReport::default() })
+    }
+
+    /// Exact causal attention of all query tokens of a request: prefill over an offloaded prefix, and sliding-window layers.
+    fn exact(
+        &mut self,
+        layer: usize,
+        request: &mut StepRequest<'_>,
+        part: &LayerPart,
+        window: Option<usize>,
+    ) -> Result<StepReport, StepError> {
+        let query_values = part.geometry.heads.query_heads() * part.geometry.head_dim;
+        let end = request.first_position + request.queries.len() / query_values;
+        let start = window.map_or(0, |window| (request.first_position + 1).saturating_sub(window));
+        if end == request.first_position + 1 {
+            return self.attend_from(layer, request.sequence, part, request.queries, start..end, request.output, request.lse);
+        }
+        let mut pages = Vec::with_capacity(end.div_ceil(CHUNK_TOKENS));
+        request.sequence.pages(layer, start / CHUNK_TOKENS..end.div_ceil(CHUNK_TOKENS), &mut pages)?;
+        let begin = Instant::now();
+        let first_position = request.first_position;
+        let job = ManyJob { geometry: part.geometry, queries: request.queries, first_position, window, pages: &pages };
+        self.device.attend_many(&job, request.output, request.lse);
+        let row_bytes = ((end - start) * part.geometry.heads.lanes() * part.geometry.row_bytes()) as u64;
+        Ok(StepReport { row_bytes, attend: begin.elapsed(), ..StepReport::default() })
+    }
+
+    /// The rows that a sparse step of one query at `position` attends, by own lane: selected and exact ones, ascending.
+    ///
+    /// # Errors
+    /// As [`Decoder::step_one`]; sliding-window layers have no selection.
+    pub fn rows(&mut self, layer: usize, sequence: &mut Sequence, position: usize, query: &[f32]) -> Result<Vec<LaneRows>, StepError> {
+        let part = sequence_part(layer, sequence)?;
+        if part.kind != LaneKind::Selected {
+            return Err(StepError::NotSelected { layer });
+        }
+        let mut output = vec![0.0; query.len()];
+        let mut lse = vec![0.0; part.geometry.heads.query_heads()];
+        let attend = Attend::Sparse;
+        let (queries, first_position) = (query, position);
+        self.step_one(layer, &mut StepRequest { sequence, first_position, queries, attend, output: &mut output, lse: &mut lse })?;
+        let plan = plan(sequence, attend, position);
+        let mut pages = Vec::new();
+        sequence.pages(layer, 0..position / CHUNK_TOKENS + 1, &mut pages)?;
+        let row_bytes = part.geometry.row_bytes();
+        let lanes = (0..part.lanes.len()).map(|lane| {
+            let selected = &self.positions[lane * plan.count..(lane + 1) * plan.count];
+            let positions: Vec<u32> = selected.iter().copied().chain(plan.exact_from as u32..position as u32 + 1).collect();
+            let row = |position: u32| {
+                let (chunk, token) = (position as usize / CHUNK_TOKENS, position as usize % CHUNK_TOKENS);
+                let first = (lane * CHUNK_TOKENS + token) * row_bytes;
+                &pages[chunk][first..first + row_bytes]
+            };
+            let rows = positions.iter().flat_map(|&position| row(position)).copied().collect();
+            LaneRows { positions, rows }
+        });
+        Ok(lanes.collect())
+    }
+
+    /// Positions that the last sparse step of one query selected before the horizon, `[own lane][count]`, ascending.
+    #[must_use]
+    pub fn last_selection(&self) -> &[u32] {
+        &self.positions
+    }
+
+    /// By query head, how much of the dense softmax mass a sparse step of one query keeps. Reads every row: for evaluation.
+    ///
+    /// # Errors
+    /// As [`Decoder::rows`].
+    pub fn mass_kept(&mut self, layer: usize, sequence: &mut Sequence, position: usize, query: &[f32]) -> Result<Vec<f32>, StepError> {
+        let part = sequence_part(layer, sequence)?;
+        if part.kind != LaneKind::Selected {
+            return Err(StepError::NotSelected { layer });
+        }
+        let mut output = vec![0.0; query.len()];
+        let mut lse = vec![0.0; part.geometry.heads.query_heads()];
+        let attend = Attend::Sparse;
+        let (queries, first_position) = (query, position);
+        self.step_one(layer, &mut StepRequest { sequence, first_position, queries, attend, output: &mut output, lse: &mut lse })?;
+        let plan = plan(sequence, attend, position);
+        let mut pages = Vec::new();
+        sequence.pages(layer, 0..position / CHUNK_TOKENS + 1, &mut pages)?;
+        let listed = &self.positions[..part.lanes.len() * plan.count];
+        let job = AttendJob {
+            geometry: part.geometry,
+            query,
+            pages: &pages,
+            listed,
+            listed_per_lane: plan.count,
+            exact_from: plan.exact_from,
+            exact_to: position + 1,
+            hot: None,
+        };
+        Ok(self.device.mass_kept(&job))
+    }
+}
+
+fn sequence_part(layer: usize, sequence: &Sequence) -> Result<LayerPart, StepError> {
+    sequence.check_layer(layer)?;
+    Ok(sequence.part(layer))
+}
+
+/// Everything that may be wrong with a request, before anything is computed.
+fn check(layer: usize, request: &StepRequest<'_>) -> Result<LayerPart, StepError> {
+    let part = sequence_part(layer, request.sequence)?;
+    let heads = part.geometry.heads.query_heads();
+    let unit = heads * part.geometry.head_dim;
+    let count = request.queries.len() / unit;
+    let length = |field, given, expected| if given == expected { Ok(()) } else { Err(StepError::Length { field, given, expected }) };
+    length("queries", request.queries.len(), count.max(1) * unit)?;
+    length("output", request.output.len(), count * unit)?;
+    length("log_sum_exp", request.lse.len(), count * heads)?;
+    if let Some(index) = request.queries.iter().position(|value| !value.is_finite()) {
+        return Err(StepError::NotFinite { index });
+    }
+    let (end, written) = (request.first_position + count, request.sequence.written(layer));
+    if end > written {
+        return Err(StepError::NotWritten { layer, end, written });
+    }
+    Ok(part)
+}
+
+fn plan(sequence: &Sequence, attend: Attend, position: usize) -> Plan {
+    let settings = sequence.settings();
+    let horizon = settings.horizon(position + 1);
+    let count = settings.selected_tokens(position + 1);
+    if attend == Attend::Dense || count >= horizon || !sequence.is_calibrated() {
+        return Plan { count: 0, horizon, exact_from: 0 };
+    }
+    Plan { count, horizon, exact_from: horizon }
+}
