@@ -4,4 +4,6 @@
 //! that owns all state; its seal jobs run on a small pool, its decisions are journaled; `decode` hosts the decoder of Stream clients;
 //! `attach` hands descriptors to Direct clients.
 
+pub mod cli;
+pub mod config;
 pub mod engine;
