@@ -12,6 +12,7 @@ pub mod device;
 pub mod heads;
 pub mod label;
 pub mod layout;
+pub mod probe;
 pub mod shape;
 pub mod shared;
 pub mod slot;
