@@ -105,7 +105,8 @@ impl Generator {
                 self.exact_key(layer, lane, position, &mut key);
                 let (key_bytes, value_bytes) = row.split_at_mut(row_bytes / 2);
                 encode(self.row_type, &key, key_bytes);
-                let window = (mix(&[self.seed, 3, layer as u64, lane as u64, position as u64]) >> 48) as usize * self.row_type.element_bytes();
+                let window =
+                    (mix(&[self.seed, 3, layer as u64, lane as u64, position as u64]) >> 48) as usize * self.row_type.element_bytes();
                 value_bytes.copy_from_slice(&self.values[window..window + value_bytes.len()]);
             }
         }
@@ -172,9 +173,8 @@ impl Lane {
             scale[channel] = if rank < channels / 16 { 3.0 + 2.0 * random.unit() } else { 1.5 + random.unit() };
             offset[channel] = 3.0 * scale[channel] * random.normal();
         }
-        let centres = |random: &mut Random| -> Vec<f32> {
-            (0..CLUSTERS * channels).map(|index| scale[index % channels] * random.normal()).collect()
-        };
+        let centres =
+            |random: &mut Random| -> Vec<f32> { (0..CLUSTERS * channels).map(|index| scale[index % channels] * random.normal()).collect() };
         let (start, turned) = (centres(&mut random), centres(&mut random));
         let rate = (0..CLUSTERS).map(|_| TAU / 1024.0 * (0.2 + 0.8 * random.unit())).collect();
         // A whitened centre meets its own key with the sum of scales on average.

@@ -1,1 +1,7 @@
-//! placeholder
+//! Workloads of Sluice: what they measure lives here, the binary only reads flags and calls it.
+
+pub mod floors;
+pub mod generator;
+pub mod report;
+pub mod statistics;
+pub mod units;
