@@ -10,9 +10,12 @@
 pub mod budget;
 pub mod device;
 pub mod heads;
+pub mod hot;
 pub mod label;
 pub mod layout;
 pub mod probe;
+pub mod rows;
+pub mod select;
 pub mod shape;
 pub mod shared;
 pub mod slot;

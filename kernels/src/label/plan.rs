@@ -56,10 +56,12 @@ pub enum PlanError {
 }
 
 impl LabelPlan {
-    /// d/8 channels at 4 bit and d/4 at 2 bit: 1/32 of a 16-bit row (LIMITS.md).
+    /// d/8 channels, rounded up to a multiple of 8, at 4 bit and the rest of d bits at 2 bit: d/4 channels where d/8 needs no rounding.
+    /// 1/32 of a 16-bit row (LIMITS.md).
     #[must_use]
     pub fn small(head_dim: u16) -> Self {
-        Self::Channels(vec![LabelGroup { channels: head_dim / 8, bits: 4 }, LabelGroup { channels: head_dim / 4, bits: 2 }])
+        let fine = (head_dim / 8).next_multiple_of(8);
+        Self::Channels(vec![LabelGroup { channels: fine, bits: 4 }, LabelGroup { channels: (head_dim - 4 * fine) / 2, bits: 2 }])
     }
 
     /// d/2 channels at 4 bit: 1/16 of a 16-bit row.

@@ -1,0 +1,381 @@
+//! The fast CPU device: SIMD chosen at run time, all threads given.
+
+mod attend;
+mod convert;
+mod element;
+mod label;
+mod many;
+mod parts;
+pub mod pool;
+mod product;
+mod score;
+mod select;
+mod simd;
+
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use self::attend::{AttendSegment, MergePartials, Segments, partial_len};
+use self::element::with_element;
+use self::label::LabelLane;
+use self::many::{QueryTile, Room, queries_a_tile};
+use self::parts::Parts;
+use self::pool::{DEFAULT_SPIN, SpinPool};
+use self::score::{HeadFactors, KeysOfChunk, LaneQuery, LaneScores, ScoreChunk};
+use self::select::SelectLane;
+use super::{AttendJob, Device, DeviceError, LabelJob, ManyJob, ScoreJob, SelectJob, StepJob, StepResult, StepTimes};
+use crate::slot::CHUNK_TOKENS;
+
+pub use simd::Level;
+
+/// Chunks that one thread scores at a time when a lane is shared by threads.
+const CHUNKS_A_TASK: usize = 16;
+
+/// The fast CPU device.
+pub struct Cpu {
+    level: Level,
+    name: String,
+    pool: SpinPool,
+    /// Of each lane, or of each thread when threads take whole lanes.
+    lanes: Vec<LaneRoom>,
+    threads: Vec<ThreadRoom>,
+    partials: Vec<f32>,
+    keys: Vec<u16>,
+}
+
+/// Working room of a lane that is being scored.
+#[derive(Default)]
+struct LaneRoom {
+    query: LaneQuery,
+    scores: LaneScores,
+}
+
+/// Working room of a thread.
+#[derive(Default)]
+struct ThreadRoom {
+    scores: Vec<f32>,
+    totals: Vec<(f32, f32)>,
+    many: Room,
+}
+
+impl Cpu {
+    /// The device with the best instructions that this CPU has.
+    ///
+    /// # Errors
+    /// A thread that could not be started.
+    pub fn open(threads: usize) -> Result<Self, DeviceError> {
+        Self::with_level(threads, Level::available()[0], DEFAULT_SPIN)
+    }
+
+    /// The device with given instructions, whose idle threads spin for `spin` before they sleep.
+    ///
+    /// # Errors
+    /// A thread that could not be started.
+    pub fn with_level(threads: usize, level: Level, spin: Duration) -> Result<Self, DeviceError> {
+        let pool = SpinPool::start(threads, spin).map_err(|(index, source)| DeviceError::Spawn { index, threads, source })?;
+        Ok(Self {
+            level,
+            name: format!("cpu-{}", format!("{level:?}").to_lowercase()),
+            lanes: Vec::new(),
+            threads: (0..pool.threads()).map(|_| ThreadRoom::default()).collect(),
+            partials: Vec::new(),
+            keys: Vec::new(),
+            pool,
+        })
+    }
+
+    /// Scores and, where `select` is given, selects; adds the threads' time for each.
+    fn score_lanes(&mut self, job: &ScoreJob, keys: &mut [u16], select: Option<Selection>) -> ScoreTimes {
+        let (lanes, chunks) = (job.geometry.heads.lanes(), job.labels.len());
+        assert_eq!(keys.len(), lanes * chunks * CHUNK_TOKENS, "keys of {lanes} lanes and {chunks} chunks");
+        for page in job.labels {
+            assert_eq!(page.len(), lanes * CHUNK_TOKENS * job.coder.plan.label_bytes(), "bytes of a label page");
+        }
+        if chunks == 0 {
+            return ScoreTimes::default();
+        }
+        let threads = self.pool.threads();
+        self.lanes.resize_with(lanes.max(threads), LaneRoom::default);
+        if lanes.is_multiple_of(threads) || lanes >= 4 * threads {
+            self.lanes_apart(job, keys, select)
+        } else {
+            self.lanes_shared(job, keys, select)
+        }
+    }
+
+    /// Each thread takes whole lanes, whose weights then stay in its caches between the two passes and the selection.
+    fn lanes_apart(&mut self, job: &ScoreJob, keys: &mut [u16], select: Option<Selection>) -> ScoreTimes {
+        let (lanes, chunks, group, level) = (job.geometry.heads.lanes(), job.labels.len(), job.geometry.heads.group(), self.level);
+        let (rooms, threads, keys) = (Parts::new(&mut self.lanes), Parts::new(&mut self.threads), Parts::new(keys));
+        let rows = chunks * CHUNK_TOKENS;
+        let start = Instant::now();
+        let selecting = AtomicU64::new(0);
+        let counted = self.pool.threads().min(lanes) as u32;
+        let select = select.map(|select| (select.count, select.sinks, Parts::new(select.positions)));
+        self.pool.tasks(lanes, |thread, lane| {
+            // SAFETY: a thread uses the rooms of its own number, and a lane's keys and positions are written by the thread that took it.
+            let (room, own, keys) = unsafe {
+                (
+                    &mut rooms.part(thread..thread + 1)[0],
+                    &mut threads.part(thread..thread + 1)[0],
+                    keys.part(lane * rows..(lane + 1) * rows),
+                )
+            };
+            room.query.set(job, lane);
+            room.scores.resize(group, chunks);
+            let (query, scores) = (&room.query, &mut room.scores);
+            for chunk in 0..chunks {
+                let weights = &mut scores.weights[chunk * group * CHUNK_TOKENS..(chunk + 1) * group * CHUNK_TOKENS];
+                score_chunk(level, job, lane, chunk, query, weights, &mut own.totals);
+                for (head, &(largest, sum)) in own.totals.iter().enumerate() {
+                    let at = head * chunks.next_multiple_of(16) + chunk;
+                    (scores.maxima[at], scores.sums[at]) = (largest, sum);
+                }
+            }
+            head_factors(level, chunks, scores);
+            for chunk in 0..chunks {
+                keys_of_chunk(level, group, chunk, scores, &mut keys[chunk * CHUNK_TOKENS..(chunk + 1) * CHUNK_TOKENS]);
+            }
+            if let Some((count, sinks, positions)) = &select {
+                let scored = Instant::now();
+                // SAFETY: as above.
+                let positions = unsafe { positions.part(lane * count..(lane + 1) * count) };
+                level.enter(SelectLane { keys, sinks: *sinks, positions });
+                selecting.fetch_add(scored.elapsed().as_nanos() as u64, Ordering::Relaxed);
+            }
+        });
+        let select = Duration::from_nanos(selecting.into_inner()) / counted;
+        ScoreTimes { score: start.elapsed().saturating_sub(select), select }
+    }
+
+    /// Threads share every lane: all chunks, then all factors, then all keys, then selection by lane.
+    fn lanes_shared(&mut self, job: &ScoreJob, keys: &mut [u16], select: Option<Selection>) -> ScoreTimes {
+        let (lanes, chunks, group, level) = (job.geometry.heads.lanes(), job.labels.len(), job.geometry.heads.group(), self.level);
+        let start = Instant::now();
+        for (lane, room) in self.lanes[..lanes].iter_mut().enumerate() {
+            room.query.set(job, lane);
+            room.scores.resize(group, chunks);
+        }
+        let threads = Parts::new(&mut self.threads);
+        let rooms: Vec<_> = self.lanes[..lanes]
+            .iter_mut()
+            .map(|room| {
+                (&room.query, Parts::new(&mut room.scores.weights), Parts::new(&mut room.scores.maxima), Parts::new(&mut room.scores.sums))
+            })
+            .collect();
+        let tasks = chunks.div_ceil(CHUNKS_A_TASK);
+        self.pool.tasks(lanes * tasks, |thread, task| {
+            let (lane, first) = (task / tasks, task % tasks * CHUNKS_A_TASK);
+            let (query, weights, maxima, sums) = &rooms[lane];
+            // SAFETY: a thread uses the room of its own number.
+            let own = unsafe { &mut threads.part(thread..thread + 1)[0] };
+            for chunk in first..chunks.min(first + CHUNKS_A_TASK) {
+                // SAFETY: a chunk belongs to one task.
+                let weights = unsafe { weights.part(chunk * group * CHUNK_TOKENS..(chunk + 1) * group * CHUNK_TOKENS) };
+                score_chunk(level, job, lane, chunk, query, weights, &mut own.totals);
+                for (head, &(largest, sum)) in own.totals.iter().enumerate() {
+                    let at = head * chunks.next_multiple_of(16) + chunk;
+                    // SAFETY: a chunk belongs to one task.
+                    unsafe {
+                        maxima.part(at..at + 1)[0] = largest;
+                        sums.part(at..at + 1)[0] = sum;
+                    }
+                }
+            }
+        });
+        drop(rooms);
+        for room in &mut self.lanes[..lanes] {
+            head_factors(level, chunks, &mut room.scores);
+        }
+        let (rooms, parts) = (&self.lanes, Parts::new(keys));
+        self.pool.tasks(lanes * tasks, |_, task| {
+            let (lane, first) = (task / tasks, task % tasks * CHUNKS_A_TASK);
+            for chunk in first..chunks.min(first + CHUNKS_A_TASK) {
+                let at = (lane * chunks + chunk) * CHUNK_TOKENS;
+                // SAFETY: a chunk belongs to one task.
+                keys_of_chunk(level, group, chunk, &rooms[lane].scores, unsafe { parts.part(at..at + CHUNK_TOKENS) });
+            }
+        });
+        let scored = Instant::now();
+        if let Some(Selection { count, sinks, positions }) = select {
+            self.select(&SelectJob { keys, lanes, rows: chunks * CHUNK_TOKENS, count, sinks }, positions);
+        }
+        ScoreTimes { score: scored - start, select: scored.elapsed() }
+    }
+
+    fn merge(&mut self, job: &AttendJob, segments: Segments, output: &mut [f32], lse: &mut [f32]) {
+        let (dim, group, level) = (job.geometry.head_dim, job.geometry.heads.group(), self.level);
+        let a_segment = group * partial_len(dim);
+        let (output, lse, partials) = (Parts::new(output), Parts::new(lse), Parts::new(&mut self.partials));
+        self.pool.tasks(job.geometry.heads.query_heads(), |_, head| {
+            // SAFETY: each head is one task, and partials are only read.
+            let (output, lse) = unsafe { (output.part(head * dim..(head + 1) * dim), output_one(&lse, head)) };
+            let first = head / group * segments.count * a_segment + head % group * partial_len(dim);
+            *lse = level.enter(MergePartials { partials: &partials, first, stride: a_segment, segments: segments.count, output });
+        });
+    }
+}
+
+/// One element of a slice of parts.
+///
+/// # Safety
+/// As [`Parts::part`].
+unsafe fn output_one<'a>(parts: &'a Parts<'_, f32>, index: usize) -> &'a mut f32 {
+    // SAFETY: the caller's promise.
+    unsafe { &mut parts.part(index..index + 1)[0] }
+}
+
+/// What is selected after scoring.
+struct Selection<'a> {
+    count: usize,
+    sinks: usize,
+    positions: &'a mut [u32],
+}
+
+#[derive(Default)]
+struct ScoreTimes {
+    score: Duration,
+    select: Duration,
+}
+
+fn score_chunk(
+    level: Level,
+    job: &ScoreJob,
+    lane: usize,
+    chunk: usize,
+    query: &LaneQuery,
+    weights: &mut [u16],
+    totals: &mut Vec<(f32, f32)>,
+) {
+    let lane_bytes = CHUNK_TOKENS * job.coder.plan.label_bytes();
+    totals.resize(job.geometry.heads.group(), (0.0, 0.0));
+    let range = lane * lane_bytes..(lane + 1) * lane_bytes;
+    let next = job.labels.get(chunk + 1).map_or(&[][..], |page| &page[range.clone()]);
+    level.enter(ScoreChunk { plan: &job.coder.plan, query, labels: &job.labels[chunk][range], next, weights, totals });
+}
+
+fn head_factors(level: Level, chunks: usize, scores: &mut LaneScores) {
+    let padded = chunks.next_multiple_of(16);
+    for (maxima, sums) in scores.maxima.chunks_exact(padded).zip(scores.sums.chunks_exact_mut(padded)) {
+        level.enter(HeadFactors { maxima, sums });
+    }
+}
+
+fn keys_of_chunk(level: Level, group: usize, chunk: usize, scores: &LaneScores, keys: &mut [u16]) {
+    let weights = &scores.weights[chunk * group * CHUNK_TOKENS..(chunk + 1) * group * CHUNK_TOKENS];
+    level.enter(KeysOfChunk { weights, factors: &scores.sums, chunk, heads: group, keys });
+}
+
+impl Device for Cpu {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn label(&mut self, job: &LabelJob, out: &mut [u8]) {
+        let lanes = job.geometry.heads.lanes();
+        let lane_bytes = CHUNK_TOKENS * job.coder.plan.label_bytes();
+        assert!(out.len() == lanes * lane_bytes && job.page.len() == job.geometry.page_bytes(), "bytes of a page and of its labels");
+        let (out, level) = (Parts::new(out), self.level);
+        self.pool.tasks(lanes, |_, lane| {
+            // SAFETY: each lane is one task.
+            let out = unsafe { out.part(lane * lane_bytes..(lane + 1) * lane_bytes) };
+            with_element!(job.geometry.row_type, E => level.enter(LabelLane::<E> { job, lane, out, element: PhantomData }));
+        });
+    }
+
+    fn score(&mut self, job: &ScoreJob, keys: &mut [u16]) {
+        self.score_lanes(job, keys, None);
+    }
+
+    fn select(&mut self, job: &SelectJob, positions: &mut [u32]) {
+        assert!(job.keys.len() == job.lanes * job.rows && positions.len() == job.lanes * job.count, "keys and positions of all lanes");
+        let (positions, level) = (Parts::new(positions), self.level);
+        self.pool.tasks(job.lanes, |_, lane| {
+            let keys = &job.keys[lane * job.rows..(lane + 1) * job.rows];
+            // SAFETY: each lane is one task.
+            let positions = unsafe { positions.part(lane * job.count..(lane + 1) * job.count) };
+            level.enter(SelectLane { keys, sinks: job.sinks, positions });
+        });
+    }
+
+    fn attend(&mut self, job: &AttendJob, output: &mut [f32], lse: &mut [f32]) {
+        let geometry = &job.geometry;
+        let (lanes, group, dim, level) = (geometry.heads.lanes(), geometry.heads.group(), geometry.head_dim, self.level);
+        assert!(
+            job.query.len() == lanes * group * dim && output.len() == job.query.len() && lse.len() == lanes * group,
+            "query and result"
+        );
+        assert_eq!(job.listed.len(), lanes * job.listed_per_lane, "listed rows");
+        let segments = Segments::new(job);
+        let a_segment = group * partial_len(dim);
+        self.partials.resize(lanes * segments.count * a_segment, 0.0);
+        let (partials, threads) = (Parts::new(&mut self.partials), Parts::new(&mut self.threads));
+        self.pool.tasks(lanes * segments.count, |thread, task| {
+            // SAFETY: each segment is one task, and a thread uses the room of its own number.
+            let (partials, room) =
+                unsafe { (partials.part(task * a_segment..(task + 1) * a_segment), &mut threads.part(thread..thread + 1)[0]) };
+            let (lane, segment, scores) = (task / segments.count, task % segments.count, &mut room.scores);
+            with_element!(geometry.row_type, E => level.enter(AttendSegment::<E> {
+                job, lane, segments, segment, partials, scores, element: PhantomData
+            }));
+        });
+        self.merge(job, segments, output, lse);
+    }
+
+    fn attend_many(&mut self, job: &ManyJob, output: &mut [f32], lse: &mut [f32]) {
+        let geometry = &job.geometry;
+        let (heads, dim, level) = (geometry.heads.query_heads(), geometry.head_dim, self.level);
+        let queries = job.queries.len() / (heads * dim);
+        assert!(job.queries.len() == queries * heads * dim && output.len() == job.queries.len(), "queries and outputs");
+        assert_eq!(lse.len(), queries * heads, "log-sum-exps");
+        let a_tile = queries_a_tile(geometry.heads.group());
+        let tiles = queries.div_ceil(a_tile);
+        let (output, lse, threads) = (Parts::new(output), Parts::new(lse), Parts::new(&mut self.threads));
+        let write = |query: usize, head: usize, from: &[f32], log_sum: f32| {
+            let at = query * heads + head;
+            // SAFETY: each (query, head) is written by the one task that has its lane and tile.
+            unsafe {
+                output.part(at * dim..(at + 1) * dim).copy_from_slice(from);
+                *output_one(&lse, at) = log_sum;
+            }
+        };
+        // The last tiles have the most keys, so they come first.
+        self.pool.tasks(geometry.heads.lanes() * tiles, |thread, task| {
+            let (lane, tile) = (task % geometry.heads.lanes(), tiles - 1 - task / geometry.heads.lanes());
+            let (first, count) = (tile * a_tile, a_tile.min(queries - tile * a_tile));
+            // SAFETY: a thread uses the room of its own number.
+            let room = unsafe { &mut threads.part(thread..thread + 1)[0].many };
+            with_element!(geometry.row_type, E => level.enter(QueryTile::<E> {
+                job, lane, first, count, room, write: &write, element: PhantomData
+            }));
+        });
+    }
+
+    fn step(&mut self, job: &StepJob, result: StepResult) -> StepTimes {
+        let lanes = job.geometry.heads.lanes();
+        assert!(result.positions.len() == lanes * job.count && job.sinks <= job.count && job.count <= job.horizon(), "selected rows");
+        let mut keys = std::mem::take(&mut self.keys);
+        keys.resize(lanes * job.horizon(), 0);
+        let select = Selection { count: job.count, sinks: job.sinks, positions: result.positions };
+        let times = self.score_lanes(&job.score(), &mut keys, Some(select));
+        self.keys = keys;
+        let start = Instant::now();
+        self.attend(&job.attend(result.positions), result.output, result.lse);
+        StepTimes { score: times.score, select: times.select, attend: start.elapsed() }
+    }
+
+    fn mass_kept(&mut self, job: &AttendJob) -> Vec<f32> {
+        let heads = job.geometry.heads.query_heads();
+        let (mut output, mut kept, mut all) = (vec![0.0; heads * job.geometry.head_dim], vec![0.0; heads], vec![0.0; heads]);
+        self.attend(job, &mut output, &mut kept);
+        let dense = AttendJob { listed: &[], listed_per_lane: 0, exact_from: 0, hot: None, ..*job };
+        self.attend(&dense, &mut output, &mut all);
+        kept.iter().zip(&all).map(|(kept, all)| (kept - all).exp().min(1.0)).collect()
+    }
+}
+
+/// Rounds f32 to little-endian binary16, as `half::f16::from_f32`.
+pub(crate) fn to_f16(level: Level, from: &[f32], to: &mut [u8]) {
+    level.enter(convert::ToF16 { from, to });
+}

@@ -1,0 +1,139 @@
+//! Top-k of 16-bit keys: the threshold two bits at a time, then one pass that writes positions in order.
+
+use super::simd::{Simd, Task};
+
+/// The rows of one lane.
+pub(super) struct SelectLane<'a> {
+    pub(super) keys: &'a [u16],
+    pub(super) sinks: usize,
+    pub(super) positions: &'a mut [u32],
+}
+
+impl Task for SelectLane<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let (sinks, keys) = self.keys.split_at(self.sinks);
+        let (first, rest) = self.positions.split_at_mut(sinks.len());
+        for (position, to) in first.iter_mut().enumerate() {
+            *to = position as u32;
+        }
+        assert!(rest.len() <= keys.len(), "{} rows wanted of {}", rest.len(), keys.len());
+        if rest.is_empty() {
+            return;
+        }
+        let threshold = find_threshold(keys, rest.len());
+        write_positions(simd, keys, self.sinks as u32, threshold, rest);
+    }
+}
+
+/// All rows above `key` are selected, and the first `ties` rows of exactly `key`.
+#[derive(Clone, Copy)]
+struct Threshold {
+    key: u16,
+    ties: usize,
+}
+
+/// The largest key that at least `wanted` rows reach.
+#[inline(always)]
+fn find_threshold(keys: &[u16], wanted: usize) -> Threshold {
+    let mut key = 0u16;
+    // Rows that reach the next larger key still in question: none reach 65,536.
+    let mut above = 0;
+    for shift in (0..16).step_by(2).rev() {
+        let counts = count_at_least(keys, [key + (1 << shift), key + (2 << shift), key + (3 << shift)]);
+        let digit = counts.iter().take_while(|&&count| count >= wanted).count();
+        if digit < 3 {
+            above = counts[digit];
+        }
+        key += (digit as u16) << shift;
+    }
+    Threshold { key, ties: wanted - above }
+}
+
+/// How many keys are at least each bound.
+#[inline(always)]
+fn count_at_least(keys: &[u16], bounds: [u16; 3]) -> [usize; 3] {
+    const LANES: usize = 64;
+    let mut totals = [0usize; 3];
+    // Counters are 16 bits wide, and count once for every LANES keys.
+    for piece in keys.chunks(LANES * 32_768) {
+        let (vectors, tail) = piece.as_chunks::<LANES>();
+        let mut counts = [[0u16; LANES]; 3];
+        for vector in vectors {
+            for (counts, bound) in counts.iter_mut().zip(bounds) {
+                for (count, &key) in counts.iter_mut().zip(vector) {
+                    *count += u16::from(key >= bound);
+                }
+            }
+        }
+        for index in 0..3 {
+            totals[index] += counts[index].iter().map(|&count| usize::from(count)).sum::<usize>();
+            totals[index] += tail.iter().filter(|&&key| key >= bounds[index]).count();
+        }
+    }
+    totals
+}
+
+#[inline(always)]
+fn write_positions<S: Simd>(simd: S, keys: &[u16], first: u32, threshold: Threshold, positions: &mut [u32]) {
+    let mut ties = threshold.ties;
+    let mut written = 0;
+    let (vectors, tail) = keys.as_chunks::<32>();
+    for (index, vector) in vectors.iter().enumerate() {
+        // SAFETY: 32 keys.
+        let reach = unsafe { simd.at_least(vector.as_ptr(), threshold.key) };
+        if reach == 0 {
+            continue;
+        }
+        let above = match threshold.key.checked_add(1) {
+            // SAFETY: 32 keys.
+            Some(next) => unsafe { simd.at_least(vector.as_ptr(), next) },
+            None => 0,
+        };
+        let mask = above | lowest_bits(reach & !above, &mut ties);
+        let position = first + index as u32 * 32;
+        written = write_mask(simd, positions, written, position, mask & 0xFFFF);
+        written = write_mask(simd, positions, written, position + 16, mask >> 16);
+    }
+    for (index, &key) in tail.iter().enumerate() {
+        let tie = key == threshold.key && ties > 0;
+        ties -= usize::from(tie);
+        if tie || key > threshold.key {
+            positions[written] = first + (vectors.len() * 32 + index) as u32;
+            written += 1;
+        }
+    }
+    assert_eq!(written, positions.len(), "rows selected");
+}
+
+/// The lowest set bits of `mask`, at most `left` of them, which are taken off.
+#[inline(always)]
+fn lowest_bits(mask: u32, left: &mut usize) -> u32 {
+    let mut rest = mask;
+    let mut count = mask.count_ones() as usize;
+    while count > *left {
+        rest &= !(1 << (31 - rest.leading_zeros()));
+        count -= 1;
+    }
+    *left -= count;
+    rest
+}
+
+/// Writes the positions of 16 rows' mask and returns how many are written in all.
+#[inline(always)]
+fn write_mask<S: Simd>(simd: S, positions: &mut [u32], written: usize, first: u32, mask: u32) -> usize {
+    if mask == 0 {
+        return written;
+    }
+    if positions.len() - written >= 16 {
+        // SAFETY: 16 words are writable from `written` on.
+        return written + unsafe { simd.compress(positions.as_mut_ptr().add(written), first, mask) };
+    }
+    let mut room = [0u32; 16];
+    // SAFETY: the array has 16 words.
+    let count = unsafe { simd.compress(room.as_mut_ptr(), first, mask) };
+    positions[written..written + count].copy_from_slice(&room[..count]);
+    written + count
+}

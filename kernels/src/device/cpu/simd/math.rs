@@ -1,0 +1,31 @@
+//! Functions made of the primitive ones.
+
+use super::Simd;
+
+/// 2^x for x of at most 1, to about 2e-7 of its value; 0 below 2^-126. Polynomial of Cephes' exp2f.
+#[inline(always)]
+pub(crate) fn exp2<S: Simd>(simd: S, x: S::Floats) -> S::Floats {
+    let coefficients = [1.535_336_2e-4, 1.339_887_4e-3, 9.618_437e-3, 5.550_332_5e-2, 2.402_264_8e-1, 6.931_472e-1, 1.0];
+    exp2_by(simd, x, coefficients)
+}
+
+/// 2^x for x of at most 1, to 4e-6 of its value; 0 below 2^-126. The Taylor series, whose error is largest at the ends.
+#[inline(always)]
+pub(crate) fn exp2_coarse<S: Simd>(simd: S, x: S::Floats) -> S::Floats {
+    exp2_by(simd, x, [9.618_129e-3, 5.550_411e-2, 2.402_265e-1, 6.931_472e-1, 1.0])
+}
+
+/// `2^n` times a polynomial of x - n, where n is x rounded to nearest.
+#[inline(always)]
+fn exp2_by<S: Simd, const N: usize>(simd: S, x: S::Floats, coefficients: [f32; N]) -> S::Floats {
+    let x = simd.max(x, simd.splat(S::ZERO_EXPONENT));
+    let whole = simd.floor(simd.add(x, simd.splat(0.5)));
+    let part = simd.sub(x, whole);
+    let mut sum = simd.splat(coefficients[0]);
+    let mut index = 1;
+    while index < N {
+        sum = simd.mul_add(sum, part, simd.splat(coefficients[index]));
+        index += 1;
+    }
+    simd.scale(sum, whole)
+}

@@ -1,0 +1,119 @@
+use sluice_kernels::device::{LabelJob, ScoreJob};
+use sluice_kernels::label::{LabelCoder, LabelPlan};
+use sluice_kernels::shape::RowType;
+
+use crate::data::{Layer, Shape};
+use crate::{all_devices, cpu};
+
+/// Keys of all lanes, from the definitions alone: quantised keys against the integer query, softmax, sum over heads.
+fn expected_keys(layer: &Layer, coder: &LabelCoder, query: &[f32]) -> Vec<u16> {
+    let Shape { lanes, group, dim, tokens, .. } = layer.shape;
+    let mut keys = Vec::new();
+    for lane in 0..lanes {
+        let mut importance = vec![0.0f64; tokens];
+        for head in lane * group..(lane + 1) * group {
+            let q = &query[head * dim..(head + 1) * dim];
+            let mut scores = vec![0.0f64; tokens];
+            let mut kept = 0;
+            for part in coder.plan.groups() {
+                let range = kept..kept + usize::from(part.channels);
+                kept = range.end;
+                let w = |c: usize| q[usize::from(coder.lanes[lane].channels[c])] * coder.lanes[lane].step[c];
+                let m = range.clone().map(|c| w(c).abs()).fold(0.0f32, f32::max);
+                for (token, score) in scores.iter_mut().enumerate() {
+                    for c in range.clone() {
+                        let x = layer.key(token, lane)[usize::from(coder.lanes[lane].channels[c])];
+                        let top = ((1u32 << part.bits) - 1) as f32;
+                        let code = ((x - coder.lanes[lane].low[c]) * (1.0 / coder.lanes[lane].step[c]) + 0.5).floor().clamp(0.0, top);
+                        let weight = (w(c) * (127.0 / m) + 0.5).floor();
+                        *score += f64::from(m / 127.0) * f64::from(weight) * f64::from(code) * f64::from(layer.geometry.softmax_scale);
+                    }
+                }
+            }
+            let top = scores.iter().fold(f64::MIN, |top, &score| top.max(score));
+            let sum: f64 = scores.iter().map(|score| (score - top).exp()).sum();
+            for (importance, score) in importance.iter_mut().zip(&scores) {
+                *importance += (score - top).exp() / sum;
+            }
+        }
+        for value in importance {
+            let bits = (value.max(2f64.powi(-121)) as f32).to_bits();
+            keys.push(((bits >> 14) - (6 << 9)) as u16);
+        }
+    }
+    keys
+}
+
+fn labels_of(layer: &Layer, coder: &LabelCoder) -> Vec<Vec<u8>> {
+    let mut device = sluice_kernels::device::reference::Reference;
+    let label = |page: &Vec<u8>| {
+        let mut labels = vec![0; layer.shape.lanes * 256 * coder.plan.label_bytes()];
+        sluice_kernels::device::Device::label(&mut device, &LabelJob { geometry: layer.geometry, page, coder }, &mut labels);
+        labels
+    };
+    layer.pages.iter().map(label).collect()
+}
+
+#[test]
+fn keys_are_within_one_step_of_the_definition() {
+    let cases = [
+        ("16@4+32@2", 2, 4, 128, 1024),
+        ("64@4", 3, 2, 128, 512),
+        ("8@16+8@8+16@4+24@2", 2, 3, 64, 768),
+        ("8@2", 1, 1, 64, 256),
+        ("24@2", 2, 7, 96, 512),
+        ("16@16", 1, 8, 256, 4608),
+    ];
+    for (seed, (plan, lanes, group, dim, tokens)) in cases.into_iter().enumerate() {
+        let plan: LabelPlan = plan.parse().expect("a plan");
+        let mut layer = Layer::new(Shape { lanes, group, dim, tokens, row_type: RowType::F16 }, 100 + seed as u64);
+        let (coder, query) = (layer.coder(&plan), layer.queries(1));
+        let labels = labels_of(&layer, &coder);
+        let labels: Vec<&[u8]> = labels.iter().map(Vec::as_slice).collect();
+        let expected = expected_keys(&layer, &coder, &query);
+        for mut device in all_devices() {
+            let mut keys = vec![0; lanes * tokens];
+            device.score(&ScoreJob { geometry: layer.geometry, query: &query, labels: &labels, coder: &coder }, &mut keys);
+            for (index, (&got, &expected)) in keys.iter().zip(&expected).enumerate() {
+                assert!(got.abs_diff(expected) <= 1, "{}: {plan}, key {index} is {got}, expected {expected}", device.name());
+            }
+        }
+        let distinct: std::collections::HashSet<u16> = expected.iter().copied().collect();
+        assert!(distinct.len() > 100, "{plan}: the keys tell rows apart: {} distinct", distinct.len());
+    }
+}
+
+#[test]
+fn keys_do_not_depend_on_threads() {
+    let plan: LabelPlan = "16@4+32@2".parse().expect("a plan");
+    for lanes in [1, 3] {
+        let mut layer = Layer::new(Shape { lanes, group: 4, dim: 64, tokens: 5120, row_type: RowType::F16 }, 7);
+        let (coder, query) = (layer.coder(&plan), layer.queries(1));
+        let labels = labels_of(&layer, &coder);
+        let labels: Vec<&[u8]> = labels.iter().map(Vec::as_slice).collect();
+        for level in sluice_kernels::device::cpu::Level::available() {
+            let keys = [1, 2, 3].map(|threads| {
+                let mut keys = vec![0; lanes * 5120];
+                cpu(level, threads).score(&ScoreJob { geometry: layer.geometry, query: &query, labels: &labels, coder: &coder }, &mut keys);
+                keys
+            });
+            assert!(keys[0] == keys[1] && keys[0] == keys[2], "{level:?}, {lanes} lanes");
+        }
+    }
+}
+
+#[test]
+fn a_query_of_zeros_makes_all_rows_alike() {
+    let plan: LabelPlan = "16@4+8@16".parse().expect("a plan");
+    let mut layer = Layer::new(Shape { lanes: 1, group: 2, dim: 64, tokens: 512, row_type: RowType::F32 }, 3);
+    let coder = layer.coder(&plan);
+    let labels = labels_of(&layer, &coder);
+    let labels: Vec<&[u8]> = labels.iter().map(Vec::as_slice).collect();
+    for mut device in all_devices() {
+        let mut keys = vec![0; 512];
+        let query = [0.0; 128];
+        device.score(&ScoreJob { geometry: layer.geometry, query: &query, labels: &labels, coder: &coder }, &mut keys);
+        // Two heads of 1/512 each make 2^-8, 113 binades above 2^-121.
+        assert!(keys.iter().all(|&key| key.abs_diff(113 * 512) <= 1), "{}: {:?}", device.name(), &keys[..4]);
+    }
+}

@@ -1,0 +1,58 @@
+use proptest::prelude::*;
+use sluice_kernels::device::SelectJob;
+
+use crate::all_devices;
+
+/// Sinks, then the highest keys one by one, the first of equal ones.
+fn naive(keys: &[u16], count: usize, sinks: usize) -> Vec<u32> {
+    let mut taken: Vec<bool> = (0..keys.len()).map(|row| row < sinks).collect();
+    for _ in sinks..count {
+        let mut best: Option<usize> = None;
+        for row in 0..keys.len() {
+            if !taken[row] && best.is_none_or(|best| keys[row] > keys[best]) {
+                best = Some(row);
+            }
+        }
+        taken[best.expect("a row is left")] = true;
+    }
+    (0..keys.len()).filter(|&row| taken[row]).map(|row| row as u32).collect()
+}
+
+fn check(lanes: &[Vec<u16>], count: usize, sinks: usize) {
+    let rows = lanes[0].len();
+    let keys: Vec<u16> = lanes.concat();
+    let expected: Vec<u32> = lanes.iter().flat_map(|keys| naive(keys, count, sinks)).collect();
+    for mut device in all_devices() {
+        let mut positions = vec![u32::MAX; lanes.len() * count];
+        device.select(&SelectJob { keys: &keys, lanes: lanes.len(), rows, count, sinks }, &mut positions);
+        assert_eq!(positions, expected, "{}: {count} of {rows}, {sinks} sinks", device.name());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn selects_what_repeated_search_selects(
+        rows in 1usize..700, top in prop::sample::select(vec![0u16, 1, 3, 40, 1000, u16::MAX]), seed in any::<u64>(),
+        count in any::<prop::sample::Index>(), sinks in any::<prop::sample::Index>(),
+    ) {
+        let mut state = seed;
+        let mut key = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            ((state >> 33) % (u64::from(top) + 1)) as u16 + if top < 1000 && seed % 2 == 0 { u16::MAX - top } else { 0 }
+        };
+        let lanes: Vec<Vec<u16>> = (0..3).map(|_| (0..rows).map(|_| key()).collect()).collect();
+        let count = count.index(rows + 1);
+        check(&lanes, count, sinks.index(count + 1));
+    }
+}
+
+#[test]
+fn selects_everything_and_nothing() {
+    let lanes = vec![(0..512).map(|row| row as u16 * 17 % 256).collect::<Vec<u16>>(); 2];
+    check(&lanes, 512, 4);
+    check(&lanes, 512, 512);
+    check(&lanes, 0, 0);
+    check(&lanes, 4, 4);
+}
