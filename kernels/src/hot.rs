@@ -9,6 +9,7 @@ use crate::device::{HotRows, LayerGeometry};
 use crate::slot::CHUNK_TOKENS;
 
 /// The hot rows of every lane of one layer of one sequence.
+#[derive(Debug)]
 pub struct HotPool {
     row_bytes: usize,
     capacity: usize,
@@ -28,7 +29,7 @@ pub struct HotCounts {
 }
 
 /// One lane's map.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct HotLane {
     slot_of: HashMap<u32, u32>,
     free: Vec<u32>,

@@ -8,6 +8,7 @@
 //! No tokio, no gRPC and no generated types in here. All `unsafe` of the project lives in this crate.
 
 pub mod budget;
+pub mod decoder;
 pub mod device;
 pub mod heads;
 pub mod hot;
@@ -16,6 +17,7 @@ pub mod layout;
 pub mod probe;
 pub mod rows;
 pub mod select;
+pub mod sequence;
 pub mod shape;
 pub mod shared;
 pub mod slot;

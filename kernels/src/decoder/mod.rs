@@ -5,12 +5,12 @@
 
 mod fidelity;
 
-use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use crate::device::{AttendJob, Device, ManyJob, StepJob, StepResult};
+use crate::device::{AttendJob, Device, HotRows, ManyJob, SelectJob, StepJob, StepResult};
+use crate::hot::{HotFetch, HotPool};
 use crate::sequence::{LayerPart, Sequence, SequenceError};
 use crate::shape::LaneKind;
 use crate::slot::CHUNK_TOKENS;
@@ -129,12 +129,23 @@ pub struct LaneRows {
 pub struct Decoder {
     device: Box<dyn Device>,
     positions: Vec<u32>,
+    keys: Vec<u16>,
+    hot_slots: Vec<u32>,
 }
 
 impl std::fmt::Debug for Decoder {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Decoder").field("device", &self.device.name()).finish_non_exhaustive()
     }
+}
+
+/// One query token of a request and where its result goes.
+struct Query<'a> {
+    position: usize,
+    /// `[own query head][head_dim]`.
+    values: &'a [f32],
+    output: &'a mut [f32],
+    lse: &'a mut [f32],
 }
 
 /// What one query token attends.
@@ -149,7 +160,7 @@ impl Decoder {
     /// A decoder on a device.
     #[must_use]
     pub fn new(device: Box<dyn Device>) -> Self {
-        Self { device, positions: Vec::new() }
+        Self { device, positions: Vec::new(), keys: Vec::new(), hot_slots: Vec::new() }
     }
 
     /// Name of the device.
@@ -191,85 +202,143 @@ impl Decoder {
         let heads = part.geometry.heads.query_heads();
         let mut report = StepReport::default();
         for (index, query) in request.queries.chunks_exact(query_values).enumerate() {
-            let position = request.first_position + index;
-            let output = &mut request.output[index * query_values..(index + 1) * query_values];
-            let lse = &mut request.lse[index * heads..(index + 1) * heads];
-            let plan = plan(request.sequence, request.attend, position);
+            let query = Query {
+                position: request.first_position + index,
+                values: query,
+                output: &mut request.output[index * query_values..(index + 1) * query_values],
+                lse: &mut request.lse[index * heads..(index + 1) * heads],
+            };
+            let plan = plan(request.sequence, request.attend, query.position);
             report += if plan.count == 0 {
-                self.attend_from(layer, request.sequence, part, query, plan.exact_from..position + 1, output, lse)?
+                self.attend_from(layer, request.sequence, part, plan.exact_from, query)?
             } else {
-                self.attend_selected(layer, request.sequence, part, query, &plan, position, output, lse)?
+                self.attend_selected(layer, request.sequence, part, &plan, query)?
             };
         }
         Ok(report)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one query's slices of a request; a struct for them would be the request again")]
     fn attend_selected(
         &mut self,
         layer: usize,
         sequence: &mut Sequence,
         part: &LayerPart,
-        query: &[f32],
         plan: &Plan,
-        position: usize,
-        output: &mut [f32],
-        lse: &mut [f32],
+        query: Query<'_>,
     ) -> Result<StepReport, StepError> {
         let chunks = plan.horizon / CHUNK_TOKENS;
         sequence.ensure_labels(layer, chunks, self.device.as_mut());
-        sequence.mark_fidelity(position, Some(fidelity_digest(&sequence.settings(), sequence.plan())));
-        let mut labels = Vec::with_capacity(chunks);
-        let Some(coder) = sequence.labels(layer, chunks, &mut labels)? else {
-            return self.attend_from(layer, sequence, part, query, 0..position + 1, output, lse);
-        };
-        let mut pages = Vec::with_capacity(position / CHUNK_TOKENS + 1);
-        sequence.pages(layer, 0..position / CHUNK_TOKENS + 1, &mut pages)?;
-        let lanes = part.geometry.heads.lanes();
-        self.positions.resize(lanes * plan.count, 0);
-        let sinks = (sequence.settings().sink_tokens as usize).min(plan.count);
-        let exact_to = position + 1;
-        let job = StepJob { geometry: part.geometry, query, labels: &labels, coder, pages: &pages, count: plan.count, sinks, exact_to };
-        let times = self.device.step(&job, StepResult { positions: &mut self.positions, output, lse });
-        let exact = exact_to - plan.horizon;
-        Ok(StepReport {
-            selected_rows: (lanes * plan.count) as u64,
-            hot_rows: 0,
-            row_bytes: (lanes * (plan.count + exact) * part.geometry.row_bytes()) as u64,
-            label_bytes: labels.iter().map(|page| page.len() as u64).sum(),
-            score: times.score,
-            select: times.select,
-            gather: Duration::ZERO,
-            attend: times.attend,
-        })
+        sequence.mark_fidelity(query.position);
+        let mut pool = sequence.take_hot_pool(layer);
+        let result = self.select_and_attend(layer, sequence, part, plan, query, pool.as_mut());
+        sequence.put_hot_pool(layer, pool);
+        result
     }
 
-    #[expect(clippy::too_many_arguments, reason = "one query's slices of a request; a struct for them would be the request again")]
+    fn select_and_attend(
+        &mut self,
+        layer: usize,
+        sequence: &Sequence,
+        part: &LayerPart,
+        plan: &Plan,
+        query: Query<'_>,
+        pool: Option<&mut HotPool>,
+    ) -> Result<StepReport, StepError> {
+        let chunks = plan.horizon / CHUNK_TOKENS;
+        let mut labels = Vec::with_capacity(chunks);
+        let Some(coder) = sequence.labels(layer, chunks, &mut labels)? else {
+            return self.attend_from(layer, sequence, part, 0, query);
+        };
+        let exact_to = query.position + 1;
+        let mut pages = Vec::with_capacity(exact_to.div_ceil(CHUNK_TOKENS));
+        sequence.pages(layer, 0..exact_to.div_ceil(CHUNK_TOKENS), &mut pages)?;
+        let lanes = part.geometry.heads.lanes();
+        self.positions.resize(lanes * plan.count, 0);
+        let job = StepJob {
+            geometry: part.geometry,
+            query: query.values,
+            labels: &labels,
+            coder,
+            pages: &pages,
+            count: plan.count,
+            sinks: (sequence.settings().sink_tokens as usize).min(plan.count),
+            exact_to,
+        };
+        let mut report = match pool {
+            None => self.step_cold(&job, query),
+            Some(pool) => self.step_hot(&job, query, pool),
+        };
+        report.selected_rows = (lanes * plan.count) as u64;
+        report.row_bytes = (lanes * (plan.count + exact_to - plan.horizon) * part.geometry.row_bytes()) as u64;
+        report.label_bytes = labels.iter().map(|page| page.len() as u64).sum();
+        Ok(report)
+    }
+
+    /// All rows from the slots: the fused verb.
+    fn step_cold(&mut self, job: &StepJob<'_>, query: Query<'_>) -> StepReport {
+        let result = StepResult { positions: &mut self.positions, output: query.output, lse: query.lse };
+        let times = self.device.step(job, result);
+        StepReport { score: times.score, select: times.select, attend: times.attend, ..StepReport::default() }
+    }
+
+    /// Rows from the hot pool where it has them: the verbs one after the other.
+    fn step_hot(&mut self, job: &StepJob<'_>, query: Query<'_>, pool: &mut HotPool) -> StepReport {
+        let lanes = job.geometry.heads.lanes();
+        let rows = job.horizon();
+        let begin = Instant::now();
+        self.keys.resize(lanes * rows, 0);
+        self.device.score(&job.score(), &mut self.keys);
+        let scored = Instant::now();
+        let select = SelectJob { keys: &self.keys, lanes, rows, count: job.count, sinks: job.sinks };
+        self.device.select(&select, &mut self.positions);
+        let selected = Instant::now();
+        let hits_before = pool.counts().hits;
+        self.hot_slots.resize(lanes * job.count, 0);
+        let fetch = HotFetch { geometry: job.geometry, pages: job.pages };
+        for lane in 0..lanes {
+            let listed = lane * job.count..(lane + 1) * job.count;
+            let keys = &self.keys[lane * rows..(lane + 1) * rows];
+            pool.resolve(lane, &self.positions[listed.clone()], keys, &fetch, &mut self.hot_slots[listed]);
+        }
+        let gathered = Instant::now();
+        let mut attend = job.attend(&self.positions);
+        attend.hot = Some(HotRows { slots: &self.hot_slots, rows: pool.rows() });
+        self.device.attend(&attend, query.output, query.lse);
+        StepReport {
+            hot_rows: pool.counts().hits - hits_before,
+            score: scored - begin,
+            select: selected - scored,
+            gather: gathered - selected,
+            attend: gathered.elapsed(),
+            ..StepReport::default()
+        }
+    }
+
+    /// One query over every row from `first` to its own.
     fn attend_from(
         &mut self,
         layer: usize,
         sequence: &Sequence,
         part: &LayerPart,
-        query: &[f32],
-        rows: Range<usize>,
-        output: &mut [f32],
-        lse: &mut [f32],
+        first: usize,
+        query: Query<'_>,
     ) -> Result<StepReport, StepError> {
-        let mut pages = Vec::with_capacity(rows.end.div_ceil(CHUNK_TOKENS));
-        sequence.pages(layer, rows.start / CHUNK_TOKENS..rows.end.div_ceil(CHUNK_TOKENS), &mut pages)?;
+        let exact_to = query.position + 1;
+        let mut pages = Vec::with_capacity(exact_to.div_ceil(CHUNK_TOKENS));
+        sequence.pages(layer, first / CHUNK_TOKENS..exact_to.div_ceil(CHUNK_TOKENS), &mut pages)?;
         let begin = Instant::now();
         let job = AttendJob {
             geometry: part.geometry,
-            query,
+            query: query.values,
             pages: &pages,
             listed: &[],
             listed_per_lane: 0,
-            exact_from: rows.start,
-            exact_to: rows.end,
+            exact_from: first,
+            exact_to,
             hot: None,
         };
-        self.device.attend(&job, output, lse);
-        let row_bytes = (rows.len() * part.geometry.heads.lanes() * part.geometry.row_bytes()) as u64;
+        self.device.attend(&job, query.output, query.lse);
+        let row_bytes = ((exact_to - first) * part.geometry.heads.lanes() * part.geometry.row_bytes()) as u64;
         Ok(StepReport { row_bytes, attend: begin.elapsed(), ..StepReport::default() })
     }
 
@@ -285,7 +354,9 @@ impl Decoder {
         let end = request.first_position + request.queries.len() / query_values;
         let start = window.map_or(0, |window| (request.first_position + 1).saturating_sub(window));
         if end == request.first_position + 1 {
-            return self.attend_from(layer, request.sequence, part, request.queries, start..end, request.output, request.lse);
+            let position = request.first_position;
+            let query = Query { position, values: request.queries, output: request.output, lse: request.lse };
+            return self.attend_from(layer, request.sequence, part, start, query);
         }
         let mut pages = Vec::with_capacity(end.div_ceil(CHUNK_TOKENS));
         request.sequence.pages(layer, start / CHUNK_TOKENS..end.div_ceil(CHUNK_TOKENS), &mut pages)?;

@@ -13,15 +13,17 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use crate::budget::Settings;
+use crate::decoder::fidelity_digest;
 use crate::device::LayerGeometry;
 use crate::heads::HeadMap;
+use crate::hot::{HotCounts, HotPool};
 use crate::label::{Calibration, CalibrationError, LabelCoder, LabelPlan};
 use crate::layout::{Plane, class_of};
 use crate::rows::first_non_finite;
 use crate::shape::{LaneKind, ModelShape};
 use crate::shared::SharedError;
 use crate::shared::board::{Board, BoardState};
-use crate::shared::open::{Fidelity, OpenLayout, OpenSlots, SlotRecord};
+use crate::shared::open::{OpenLayout, OpenSlots, SlotRecord};
 use crate::shared::segment::{Access, LabelSegment, Segment};
 use crate::slot::CHUNK_TOKENS;
 
@@ -149,6 +151,8 @@ pub struct Sequence {
     written: Vec<usize>,
     tokens_written: usize,
     committed: usize,
+    /// Hot rows by layer; empty without.
+    hot: Vec<Option<HotPool>>,
 }
 
 /// The part of a layer's lanes that a holder works on, and its geometry.
@@ -179,6 +183,7 @@ impl Sequence {
             written: vec![committed; shape.layers.len()],
             tokens_written: committed,
             committed,
+            hot: Vec::new(),
             shape,
             settings,
             lanes,
@@ -384,16 +389,44 @@ impl Sequence {
         self.committed
     }
 
-    /// Records that rows of the chunk at `position` come from a sparse step.
-    pub(crate) fn mark_fidelity(&self, position: usize, fidelity: Fidelity) {
+    /// Records that rows of the chunk at `position` come from a sparse step: its later layers, and every token after it, are approximations.
+    pub(crate) fn mark_fidelity(&self, position: usize) {
         let chunk = position / CHUNK_TOKENS;
         if chunk < self.path.len() {
             return;
         }
         let slot = self.open.layout().slot_of(chunk);
+        let fidelity = Some(fidelity_digest(&self.settings, self.plan()));
         let record = SlotRecord { chunk: Some(chunk as u64), fidelity };
         if self.open.record(slot) != record {
             self.open.write_record(slot, record);
+        }
+    }
+
+    /// Keeps copies of up to `rows_per_lane` fetched rows of every full-attention layer between steps; 0 keeps none. On devices that read
+    /// rows where they lie this only costs memory; it never changes a result.
+    pub fn set_hot_rows(&mut self, rows_per_lane: usize) {
+        let pool = |layer: usize| {
+            let part = self.part(layer);
+            let kept = rows_per_lane > 0 && part.kind == LaneKind::Selected;
+            kept.then(|| HotPool::new(part.lanes.len(), rows_per_lane, part.geometry.row_bytes()))
+        };
+        self.hot = (0..self.shape.layers.len()).map(pool).collect();
+    }
+
+    /// Hits and misses of a layer's hot pool, if it has one.
+    #[must_use]
+    pub fn hot_counts(&self, layer: usize) -> Option<HotCounts> {
+        self.hot.get(layer)?.as_ref().map(HotPool::counts)
+    }
+
+    pub(crate) fn take_hot_pool(&mut self, layer: usize) -> Option<HotPool> {
+        self.hot.get_mut(layer)?.take()
+    }
+
+    pub(crate) fn put_hot_pool(&mut self, layer: usize, pool: Option<HotPool>) {
+        if let Some(place) = self.hot.get_mut(layer) {
+            *place = pool;
         }
     }
 
@@ -422,6 +455,9 @@ impl Sequence {
         self.open.set_committed(position as u64);
         self.path.clear();
         self.own_labels.forget_all();
+        for pool in self.hot.iter_mut().flatten() {
+            pool.truncate(position);
+        }
     }
 
     /// Takes up chunks that the daemon has sealed since the last call, and labels since a calibration. Call between steps.

@@ -1,0 +1,253 @@
+//! A holder's view of a sequence: what it reads, and what a step gives, does not depend on where rows lie.
+
+mod support;
+
+use sluice_kernels::budget::{Budget, Settings};
+use sluice_kernels::decoder::{Attend, Decoder, StepError, StepRequest};
+use sluice_kernels::device::{DeviceKind, open};
+use sluice_kernels::sequence::{Sequence, SequenceError};
+use support::{TestDaemon, calibration, rows, shape, value};
+
+const SPARSE: Settings =
+    Settings { budget: Budget::Ratio { numerator: 1, denominator: 16, floor_tokens: 48, cap_tokens: 0 }, exact_tokens: 64, sink_tokens: 4 };
+
+fn append(sequence: &mut Sequence, positions: std::ops::Range<usize>) {
+    let shape = sequence.shape().clone();
+    for layer in 0..shape.layers.len() {
+        let lanes = sequence.part(layer).lanes;
+        sequence.append(layer, positions.start, &rows(&shape, layer, lanes, positions.clone())).expect("append");
+    }
+    let ids: Vec<u32> = positions.clone().map(|position| position as u32).collect();
+    sequence.write_tokens(positions.start, &ids).expect("token ids");
+    assert_eq!(sequence.commit(), positions.end);
+}
+
+fn step(decoder: &mut Decoder, sequence: &mut Sequence, layer: usize, position: usize, attend: Attend) -> Vec<f32> {
+    let geometry = sequence.part(layer).geometry;
+    let lanes = sequence.part(layer).lanes;
+    let group = geometry.heads.group();
+    let first_head = lanes.start * group;
+    let heads = geometry.heads.query_heads();
+    let queries: Vec<f32> = (0..heads * 64).map(|index| value(90 + layer, first_head + index / 64, position, index % 64)).collect();
+    let (mut output, mut lse) = (vec![0.0; heads * 64], vec![0.0; heads]);
+    let mut request = StepRequest { sequence, first_position: position, queries: &queries, attend, output: &mut output, lse: &mut lse };
+    decoder.step_one(layer, &mut request).expect("step");
+    output.extend(lse);
+    output
+}
+
+fn all_layers(decoder: &mut Decoder, sequence: &mut Sequence, position: usize, attend: Attend) -> Vec<Vec<f32>> {
+    (0..3).map(|layer| step(decoder, sequence, layer, position, attend)).collect()
+}
+
+#[test]
+fn a_step_gives_the_same_bits_before_and_after_sealing() {
+    for kind in DeviceKind::ALL {
+        let mut decoder = Decoder::new(open(kind, 2).expect("device"));
+        let mut daemon = TestDaemon::new(shape(), Some(calibration(&shape())), 16);
+        let mut sequence = daemon.attach(SPARSE, None, 0);
+        append(&mut sequence, 0..2900);
+        let sparse = all_layers(&mut decoder, &mut sequence, 2899, Attend::Sparse);
+        let dense = all_layers(&mut decoder, &mut sequence, 2899, Attend::Dense);
+        assert_eq!(sequence.sealed_chunks(), 0);
+        assert_eq!(daemon.seal(), 11);
+        daemon.refresh(&mut sequence);
+        assert_eq!(sequence.sealed_chunks(), 11);
+        assert_eq!(all_layers(&mut decoder, &mut sequence, 2899, Attend::Sparse), sparse, "{kind}");
+        assert_eq!(all_layers(&mut decoder, &mut sequence, 2899, Attend::Dense), dense, "{kind}");
+        assert_ne!(sparse[0], dense[0], "the budget leaves something out");
+        assert_eq!(sparse[1], dense[1], "window layers are always exact");
+    }
+}
+
+#[test]
+fn everything_in_the_budget_is_dense() {
+    let mut decoder = Decoder::new(open(DeviceKind::Cpu, 2).expect("device"));
+    let daemon = TestDaemon::new(shape(), Some(calibration(&shape())), 16);
+    let mut sequence = daemon.attach(Settings { budget: Budget::Dense, ..SPARSE }, None, 0);
+    append(&mut sequence, 0..1500);
+    let sparse = all_layers(&mut decoder, &mut sequence, 1499, Attend::Sparse);
+    assert_eq!(sparse, all_layers(&mut decoder, &mut sequence, 1499, Attend::Dense));
+}
+
+#[test]
+fn dense_attention_equals_a_plain_softmax_over_the_rows() {
+    for kind in DeviceKind::ALL {
+        let mut decoder = Decoder::new(open(kind, 2).expect("device"));
+        let mut daemon = TestDaemon::new(shape(), None, 4);
+        let mut sequence = daemon.attach(SPARSE, None, 0);
+        append(&mut sequence, 0..700);
+        daemon.seal();
+        daemon.refresh(&mut sequence);
+        for (layer, first) in [(0, 0), (1, 400), (2, 0)] {
+            let output = step(&mut decoder, &mut sequence, layer, 699, Attend::Dense);
+            let expected = plain_attention(layer, first, 699, if layer == 1 { 2 } else { 4 });
+            for (given, expected) in output.iter().zip(&expected) {
+                assert!((given - expected).abs() < 2e-3, "{kind}, layer {layer}: {given} instead of {expected}");
+            }
+        }
+    }
+}
+
+fn plain_attention(layer: usize, first: usize, position: usize, heads: usize) -> Vec<f32> {
+    let stored = |lane: usize, row: usize, element: usize| f64::from(half::f16::from_f32(value(layer, lane, row, element)).to_f32());
+    let mut output = Vec::new();
+    for head in 0..heads {
+        let lane = head / 2;
+        let query = |channel: usize| f64::from(value(90 + layer, head, position, channel));
+        let scores: Vec<f64> =
+            (first..=position).map(|row| (0..64).map(|c| query(c) * stored(lane, row, c)).sum::<f64>() * 0.125).collect();
+        let total: f64 = scores.iter().map(|score| score.exp()).sum();
+        for channel in 0..64 {
+            let sum: f64 = scores.iter().zip(first..).map(|(score, row)| score.exp() * stored(lane, row, 64 + channel)).sum();
+            output.push((sum / total) as f32);
+        }
+    }
+    output
+}
+
+#[test]
+fn workers_with_half_of_the_lanes_each_give_the_whole() {
+    let calibration = calibration(&shape());
+    let mut shape = shape().as_ref().clone();
+    shape.layers[1].kv_heads = 2;
+    let daemon = TestDaemon::new(shape.into(), Some(calibration), 16);
+    let mut whole = daemon.attach(SPARSE, None, 0);
+    let mut halves = [daemon.attach(SPARSE, Some(0..1), 1), daemon.attach(SPARSE, Some(1..2), 2)];
+    append(&mut whole, 0..1300);
+    let mut decoder = Decoder::new(open(DeviceKind::Cpu, 1).expect("device"));
+    for half in &mut halves {
+        append(half, 0..1300);
+    }
+    for layer in 0..3 {
+        let all = step(&mut decoder, &mut whole, layer, 1299, Attend::Sparse);
+        let heads = whole.part(layer).geometry.heads.query_heads();
+        let [low, high] = halves.each_mut().map(|half| step(&mut decoder, half, layer, 1299, Attend::Sparse));
+        let values = heads / 2 * 64;
+        assert_eq!(all[..heads * 64], [&low[..values], &high[..values]].concat());
+        assert_eq!(all[heads * 64..], [&low[values..], &high[values..]].concat());
+    }
+}
+
+#[test]
+fn full_open_slots_refuse_until_the_daemon_has_sealed() {
+    let mut daemon = TestDaemon::new(shape(), None, 3);
+    let mut sequence = daemon.attach(SPARSE, None, 0);
+    append(&mut sequence, 0..3 * 256);
+    assert_eq!(sequence.tokens_until_full(), 0);
+    let row = rows(&shape(), 0, 0..2, 768..769);
+    let refused = sequence.append(0, 768, &row).expect_err("no place");
+    assert!(matches!(refused, SequenceError::OpenSlotsFull { full_at: 768, sealed_tokens: 0, wanted: 769 }), "{refused}");
+    daemon.seal();
+    daemon.refresh(&mut sequence);
+    append(&mut sequence, 768..3 * 256 + 700);
+}
+
+#[test]
+fn bad_input_is_refused_and_changes_nothing() {
+    let mut decoder = Decoder::new(open(DeviceKind::Cpu, 1).expect("device"));
+    let daemon = TestDaemon::new(shape(), None, 4);
+    let mut sequence = daemon.attach(SPARSE, None, 0);
+    append(&mut sequence, 0..10);
+    let row = rows(&shape(), 0, 0..2, 10..11);
+    let refusals = [
+        sequence.append(0, 11, &row).expect_err("gap").to_string(),
+        sequence.append(0, 9, &row).expect_err("overlap").to_string(),
+        sequence.append(3, 10, &row).expect_err("layer").to_string(),
+        sequence.append(0, 10, &row[1..]).expect_err("bytes").to_string(),
+        sequence.write_tokens(12, &[1]).expect_err("token gap").to_string(),
+    ];
+    assert_eq!(refusals[0], "first_position: 11, but the next row of layer 0 is 10");
+    assert_eq!(refusals[2], "layer: 3 is outside 0 to 2");
+    assert_eq!(refusals[3], "rows: 511 bytes, a positive multiple of 512 expected");
+    let mut broken = row.clone();
+    broken[300..302].copy_from_slice(&half::f16::NAN.to_le_bytes());
+    let refused = sequence.append(0, 10, &broken).expect_err("not finite");
+    assert!(matches!(refused, SequenceError::NotFinite { layer: 0, element: 150 }), "{refused}");
+    let queries = vec![1.0; 256];
+    let (mut output, mut lse) = (vec![0.0; 256], vec![0.0; 4]);
+    let sequence_ref = &mut sequence;
+    let mut request = StepRequest {
+        sequence: sequence_ref,
+        first_position: 10,
+        queries: &queries,
+        attend: Attend::Sparse,
+        output: &mut output,
+        lse: &mut lse,
+    };
+    let refused = decoder.step_one(0, &mut request).expect_err("no row yet");
+    assert!(matches!(refused, StepError::NotWritten { layer: 0, end: 11, written: 10 }), "{refused}");
+    append(&mut sequence, 10..20);
+}
+
+#[test]
+fn rows_of_a_step_are_the_rows_that_were_stored() {
+    let mut decoder = Decoder::new(open(DeviceKind::Cpu, 2).expect("device"));
+    let mut daemon = TestDaemon::new(shape(), Some(calibration(&shape())), 6);
+    let mut sequence = daemon.attach(SPARSE, None, 0);
+    append(&mut sequence, 0..1400);
+    daemon.seal();
+    daemon.refresh(&mut sequence);
+    let query: Vec<f32> = (0..256).map(|index| value(7, index / 64, 3, index % 64)).collect();
+    let lanes = decoder.rows(0, &mut sequence, 1399, &query).expect("rows");
+    assert_eq!(lanes.len(), 2);
+    for (lane, picked) in lanes.iter().enumerate() {
+        let horizon = SPARSE.horizon(1400);
+        assert_eq!(picked.positions.len(), SPARSE.selected_tokens(1400) + 1400 - horizon);
+        assert!(picked.positions.is_sorted() && picked.positions[..4] == [0, 1, 2, 3]);
+        for (index, &position) in picked.positions.iter().enumerate() {
+            let stored = rows(&shape(), 0, lane..lane + 1, position as usize..position as usize + 1);
+            assert_eq!(picked.rows[index * 256..(index + 1) * 256], stored);
+        }
+    }
+}
+
+#[test]
+fn opaque_state_survives_whole() {
+    let daemon = TestDaemon::new(shape(), None, 2);
+    let sequence = daemon.attach(SPARSE, None, 0);
+    assert_eq!(daemon.open.opaque().expect("read"), None);
+    for state in [&b"first"[..], b"second, longer", b""] {
+        sequence.open().store_opaque(state).expect("store");
+        assert_eq!(daemon.open.opaque().expect("read").as_deref(), Some(state));
+    }
+    assert!(sequence.open().store_opaque(&[0; 5000]).is_err());
+}
+
+#[test]
+fn truncation_forgets_what_follows() {
+    let daemon = TestDaemon::new(shape(), None, 8);
+    let mut sequence = daemon.attach(SPARSE, None, 0);
+    append(&mut sequence, 0..900);
+    sequence.begin_truncate(300).expect("truncate");
+    assert_eq!(daemon.open.words().expect("words").committed[0], 300);
+    sequence.abort_truncate();
+    assert_eq!(daemon.open.words().expect("words").committed[0], 900);
+    sequence.begin_truncate(300).expect("truncate");
+    sequence.truncated(300);
+    assert_eq!((sequence.committed(), sequence.written(2)), (300, 300));
+    append(&mut sequence, 300..310);
+    assert!(matches!(sequence.begin_truncate(311), Err(SequenceError::Bound { value: 311, high: 310, .. })));
+}
+
+#[test]
+fn hot_rows_never_change_a_result() {
+    for kind in DeviceKind::ALL {
+        let mut decoder = Decoder::new(open(kind, 2).expect("device"));
+        let mut daemon = TestDaemon::new(shape(), Some(calibration(&shape())), 6);
+        let mut sequence = daemon.attach(SPARSE, None, 0);
+        append(&mut sequence, 0..1500);
+        daemon.seal();
+        daemon.refresh(&mut sequence);
+        let cold: Vec<_> = (1400..1410).map(|at| step(&mut decoder, &mut sequence, 0, at, Attend::Sparse)).collect();
+        sequence.set_hot_rows(60);
+        for (at, cold) in (1400..1410).zip(&cold) {
+            assert_eq!(&step(&mut decoder, &mut sequence, 0, at, Attend::Sparse), cold, "{kind} at {at}");
+        }
+        let counts = sequence.hot_counts(0).expect("a pool");
+        let selected: usize = (1400..1410).map(|at| 2 * SPARSE.selected_tokens(at + 1)).sum();
+        assert_eq!(counts.hits + counts.misses, selected as u64);
+        assert!(counts.hits > 0 && counts.misses > 0, "{counts:?}");
+        assert!(sequence.hot_counts(1).is_none(), "window layers have none");
+    }
+}
