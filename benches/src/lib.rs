@@ -2,6 +2,8 @@
 
 pub mod floors;
 pub mod generator;
+#[cfg(feature = "model")]
+pub mod model;
 pub mod report;
 pub mod statistics;
 pub mod units;

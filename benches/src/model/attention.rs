@@ -1,0 +1,50 @@
+//! The seam between a model and whoever keeps its KV cache.
+
+use anyhow::Result;
+
+/// What a piece of tokens is for, which decides how it may be attended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Prompt: every row before a token is attended exactly.
+    Prefill,
+    /// Decode steps, one or several of a sequence at once (each at its own length): rows may be selected.
+    Decode,
+}
+
+/// Queries, keys and values of consecutive tokens in one layer, after normalisation and rotation, queries not scaled.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece<'a> {
+    /// Layer of the model.
+    pub layer: usize,
+    /// Position of the first token: the tokens committed so far.
+    pub first_position: usize,
+    /// Tokens of the piece.
+    pub tokens: usize,
+    /// What the tokens are for.
+    pub phase: Phase,
+    /// `[token][query_head][d]`.
+    pub queries: &'a [f32],
+    /// `[token][kv_head][d]`.
+    pub keys: &'a [f32],
+    /// `[token][kv_head][d]`.
+    pub values: &'a [f32],
+}
+
+/// Keeps the rows of all attention layers of one sequence, and attends them.
+pub trait AttentionLayers {
+    /// Tokens committed so far: the position of the next token.
+    fn position(&self) -> usize;
+
+    /// Appends the rows of a piece to its layer, then attends with each of its queries to the rows up to and including its own.
+    /// Writes `out` (`[token][query_head][d]`). Layers come in order, each once between two commits.
+    ///
+    /// # Errors
+    /// The rows cannot be kept or attended.
+    fn attend(&mut self, piece: &Piece<'_>, out: &mut [f32]) -> Result<()>;
+
+    /// Ends a piece: all layers have been attended, its tokens count.
+    ///
+    /// # Errors
+    /// The rows cannot be kept.
+    fn commit(&mut self, token_ids: &[u32]) -> Result<()>;
+}

@@ -1,0 +1,212 @@
+//! Dense attention over a KV cache in f32, in this process and without any of Sluice's code: what everything else is compared with.
+//!
+//! Queries go in blocks. Scores of a block are one matrix product, a softmax in place, and a second product with the values, all through
+//! candle: no code is shared with the kernels under test.
+
+use anyhow::{Context, Result, bail};
+use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Tensor};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use sluice_kernels::shape::{LaneKind, LayerShape, ModelShape, RowType};
+
+use super::attention::{AttentionLayers, Piece};
+
+/// Scores held at once: 16 MiB.
+const SCORES_AT_ONCE: usize = 4 << 20;
+/// Most tokens of a block: more would waste work on masked scores, in window layers most of all.
+const TOKENS_AT_ONCE: usize = 128;
+
+/// A dense KV cache of one sequence.
+pub struct DenseLayers {
+    shape: ModelShape,
+    /// `[layer][kv_head]`.
+    rows: Vec<Vec<Rows>>,
+    position: usize,
+}
+
+impl DenseLayers {
+    /// An empty cache. Rows are rounded to the shape's row type before they are kept; `RowType::F32` keeps them as they are.
+    ///
+    /// # Errors
+    /// A shape out of bounds.
+    pub fn new(shape: ModelShape) -> Result<Self> {
+        shape.check()?;
+        let lanes = |layer: &LayerShape| -> Result<Vec<Rows>> { (0..layer.kv_heads).map(|_| Rows::new(layer)).collect() };
+        let rows = shape.layers.iter().map(lanes).collect::<Result<_>>()?;
+        Ok(Self { shape, rows, position: 0 })
+    }
+}
+
+impl AttentionLayers for DenseLayers {
+    fn position(&self) -> usize {
+        self.position
+    }
+
+    fn attend(&mut self, piece: &Piece<'_>, out: &mut [f32]) -> Result<()> {
+        let layer = self.shape.layers.get(piece.layer).with_context(|| format!("layer: {}, the model has {}", piece.layer, self.rows.len()))?;
+        if piece.first_position != self.position {
+            bail!("first_position: {}, the sequence has {} tokens", piece.first_position, self.position);
+        }
+        let (query_heads, kv_heads) = (usize::from(layer.query_heads), usize::from(layer.kv_heads));
+        let head_dim = usize::from(layer.head_dim);
+        let group = query_heads / kv_heads;
+        for (lane, rows) in self.rows[piece.layer].iter_mut().enumerate() {
+            let round = |source: &[f32]| rounded(&heads(source, kv_heads * head_dim, lane * head_dim, head_dim), self.shape.row_type);
+            rows.append(piece.first_position, round(piece.keys), round(piece.values))?;
+            let first_channel = lane * group * head_dim;
+            let queries = heads(piece.queries, query_heads * head_dim, first_channel, group * head_dim);
+            let attended = rows.attend(layer, piece.first_position, &queries)?;
+            for (token, row) in attended.chunks_exact(group * head_dim).enumerate() {
+                out[token * query_heads * head_dim + first_channel..][..group * head_dim].copy_from_slice(row);
+            }
+        }
+        Ok(())
+    }
+
+    fn commit(&mut self, token_ids: &[u32]) -> Result<()> {
+        self.position += token_ids.len();
+        Ok(())
+    }
+}
+
+/// Columns `first .. first + width` of a matrix with rows of `stride` values.
+fn heads(source: &[f32], stride: usize, first: usize, width: usize) -> Vec<f32> {
+    source.chunks_exact(stride).flat_map(|row| &row[first..first + width]).copied().collect()
+}
+
+fn rounded(values: &[f32], row_type: RowType) -> Vec<f32> {
+    let round = |value: &f32| match row_type {
+        RowType::F32 => *value,
+        RowType::F16 => f16::from_f32(*value).to_f32(),
+        RowType::Bf16 => bf16::from_f32(*value).to_f32(),
+    };
+    values.iter().map(round).collect()
+}
+
+/// Keys and values of one head, `[row][d]` each, with room to grow.
+struct Rows {
+    keys: Tensor,
+    values: Tensor,
+    head_dim: usize,
+    /// Rows a later query can still see; all when `None`.
+    window: Option<usize>,
+    /// Position of the first row that is kept.
+    first: usize,
+    /// Rows kept.
+    count: usize,
+}
+
+impl Rows {
+    fn new(layer: &LayerShape) -> Result<Self> {
+        let window = match layer.kind {
+            LaneKind::Selected => None,
+            LaneKind::Window { tokens } => Some(tokens as usize),
+        };
+        let head_dim = usize::from(layer.head_dim);
+        let (keys, values) = (zeros(0, head_dim)?, zeros(0, head_dim)?);
+        Ok(Self { keys, values, head_dim, window, first: 0, count: 0 })
+    }
+
+    fn append(&mut self, first_position: usize, keys: Vec<f32>, values: Vec<f32>) -> Result<()> {
+        let tokens = keys.len() / self.head_dim;
+        if self.first + self.count != first_position {
+            bail!("first_position: {first_position}, the layer has rows up to {}", self.first + self.count);
+        }
+        if self.count + tokens > self.keys.dim(0)? {
+            self.make_room(tokens)?;
+        }
+        let dims = (tokens, self.head_dim);
+        self.keys.slice_set(&Tensor::from_vec(keys, dims, &Device::Cpu)?, 0, self.count)?;
+        self.values.slice_set(&Tensor::from_vec(values, dims, &Device::Cpu)?, 0, self.count)?;
+        self.count += tokens;
+        Ok(())
+    }
+
+    /// Moves the rows to larger tensors, without those that have left the window.
+    fn make_room(&mut self, tokens: usize) -> Result<()> {
+        // The next query sees its own row and `window - 1` rows before it.
+        let kept = self.window.map_or(self.count, |window| self.count.min(window - 1));
+        let capacity = (2 * (kept + tokens)).next_multiple_of(1024);
+        for rows in [&mut self.keys, &mut self.values] {
+            let grown = zeros(capacity, self.head_dim)?;
+            if kept > 0 {
+                grown.slice_set(&rows.narrow(0, self.count - kept, kept)?.copy()?, 0, 0)?;
+            }
+            *rows = grown;
+        }
+        self.first += self.count - kept;
+        self.count = kept;
+        Ok(())
+    }
+
+    /// Attends with `queries` (`[token][head of the lane][d]`), the first token at `first_position`; gives the same layout.
+    fn attend(&self, layer: &LayerShape, first_position: usize, queries: &[f32]) -> Result<Vec<f32>> {
+        let group = usize::from(layer.query_heads / layer.kv_heads);
+        let token_width = group * self.head_dim;
+        let tokens_at_once = (SCORES_AT_ONCE / (group * self.count)).clamp(1, TOKENS_AT_ONCE);
+        let mut out = Vec::with_capacity(queries.len());
+        for (block, queries) in queries.chunks(tokens_at_once * token_width).enumerate() {
+            let position = first_position + block * tokens_at_once;
+            let tokens = queries.len() / token_width;
+            let first_row = self.window.map_or(0, |window| (position + 1).saturating_sub(window)).max(self.first);
+            let row_count = position + tokens - first_row;
+            let start = first_row - self.first;
+            let queries = Tensor::from_slice(queries, (tokens * group, self.head_dim), &Device::Cpu)?;
+            let scores = queries.matmul(&self.keys.narrow(0, start, row_count)?.t()?)?;
+            scores.inplace_op1(&CausalSoftmax { first_row, position, group, window: self.window, scale: layer.softmax_scale })?;
+            let block_out: Vec<f32> = scores.matmul(&self.values.narrow(0, start, row_count)?)?.flatten_all()?.to_vec1()?;
+            out.extend_from_slice(&block_out);
+        }
+        Ok(out)
+    }
+}
+
+fn zeros(rows: usize, head_dim: usize) -> Result<Tensor> {
+    Ok(Tensor::zeros((rows, head_dim), candle_core::DType::F32, &Device::Cpu)?)
+}
+
+/// Turns scores (`[token][head of the lane][row]`) into weights: scaled, masked to what each token sees, normalised.
+struct CausalSoftmax {
+    /// Position of the first column.
+    first_row: usize,
+    /// Position of the first token.
+    position: usize,
+    /// Rows of scores a token.
+    group: usize,
+    window: Option<usize>,
+    scale: f32,
+}
+
+impl InplaceOp1 for CausalSoftmax {
+    fn name(&self) -> &'static str {
+        "causal-softmax"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+        let (CpuStorage::F32(scores), Some((start, end))) = (storage, layout.contiguous_offsets()) else {
+            candle_core::bail!("causal-softmax takes contiguous f32 scores");
+        };
+        let columns = layout.dims()[1];
+        scores[start..end].par_chunks_exact_mut(columns).enumerate().for_each(|(row, scores)| {
+            let position = self.position + row / self.group;
+            let seen_from = self.window.map_or(0, |window| (position + 1).saturating_sub(window)).max(self.first_row);
+            softmax(scores, seen_from - self.first_row..position + 1 - self.first_row, self.scale);
+        });
+        Ok(())
+    }
+}
+
+fn softmax(scores: &mut [f32], seen: std::ops::Range<usize>, scale: f32) {
+    let (start, end) = (seen.start, seen.end);
+    scores[..start].fill(0.0);
+    scores[end..].fill(0.0);
+    let seen = &mut scores[seen];
+    let largest = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut sum = 0f64;
+    for score in seen.iter_mut() {
+        *score = ((*score - largest) * scale).exp();
+        sum += f64::from(*score);
+    }
+    let factor = (1.0 / sum) as f32;
+    seen.iter_mut().for_each(|weight| *weight *= factor);
+}
