@@ -121,10 +121,10 @@ fn add(stream: &mut [f32], mut part: Vec<f32>, norm: Option<&Norm>) {
     stream.iter_mut().zip(&part).for_each(|(value, part)| *value += part);
 }
 
-/// Gaussian error linear unit in its tanh form (arXiv 1606.08415, section 2).
+/// Gaussian error linear unit in its tanh form (arXiv 1606.08415, section 2): `x (1 + tanh u) / 2` is x times the logistic function of 2u.
 fn gelu_tanh(x: f32) -> f32 {
-    let inner = (2.0 / std::f32::consts::PI).sqrt() * (x + 0.044_715 * x * x * x);
-    0.5 * x * (1.0 + inner.tanh())
+    let u = (2.0 / std::f32::consts::PI).sqrt() * (x + 0.044_715 * x * x * x);
+    x / (1.0 + (-2.0 * u).exp())
 }
 
 /// x times the logistic function of x.
