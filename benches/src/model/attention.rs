@@ -35,16 +35,22 @@ pub trait AttentionLayers {
     /// Tokens committed so far: the position of the next token.
     fn position(&self) -> usize;
 
-    /// Appends the rows of a piece to its layer, then attends with each of its queries to the rows up to and including its own.
-    /// Writes `out` (`[token][query_head][d]`). Layers come in order, each once between two commits.
+    /// Begins a piece of consecutive tokens at [`AttentionLayers::position`].
+    ///
+    /// # Errors
+    /// There is no room for their rows.
+    fn begin(&mut self, token_ids: &[u32], phase: Phase) -> Result<()>;
+
+    /// Appends the rows of the piece to its layer, then attends with each of its queries to the rows up to and including its own.
+    /// Writes `out` (`[token][query_head][d]`). Layers come in order, each once a piece.
     ///
     /// # Errors
     /// The rows cannot be kept or attended.
     fn attend(&mut self, piece: &Piece<'_>, out: &mut [f32]) -> Result<()>;
 
-    /// Ends a piece: all layers have been attended, its tokens count.
+    /// Ends the piece: all layers have been attended, its tokens count.
     ///
     /// # Errors
-    /// The rows cannot be kept.
-    fn commit(&mut self, token_ids: &[u32]) -> Result<()>;
+    /// A layer is missing.
+    fn commit(&mut self) -> Result<()>;
 }

@@ -43,8 +43,7 @@ pub(crate) struct Place<'a> {
 impl Block {
     pub(crate) fn load(gguf: &mut Gguf, config: &Config, layer: usize, weights: Weights) -> Result<Self> {
         let shape = &config.layers[layer];
-        let (query_heads, kv_heads, head_dim) =
-            (usize::from(shape.query_heads), usize::from(shape.kv_heads), usize::from(shape.head_dim));
+        let (query_heads, kv_heads, head_dim) = (usize::from(shape.query_heads), usize::from(shape.kv_heads), usize::from(shape.head_dim));
         let (hidden, feed_forward, epsilon) = (config.hidden, config.feed_forward, config.norm_epsilon);
         let (query_width, kv_width) = (query_heads * head_dim, kv_heads * head_dim);
         let name = |part: &str| format!("blk.{layer}.{part}");

@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use sluice_kernels::shape::{LaneKind, LayerShape, ModelShape, RowType};
 
-use super::attention::{AttentionLayers, Piece};
+use super::attention::{AttentionLayers, Phase, Piece};
 
 /// Scores held at once: 16 MiB.
 const SCORES_AT_ONCE: usize = 4 << 20;
@@ -22,6 +22,8 @@ pub struct DenseLayers {
     /// `[layer][kv_head]`.
     rows: Vec<Vec<Rows>>,
     position: usize,
+    /// Tokens of the piece that has begun.
+    begun: usize,
 }
 
 impl DenseLayers {
@@ -33,7 +35,7 @@ impl DenseLayers {
         shape.check()?;
         let lanes = |layer: &LayerShape| -> Result<Vec<Rows>> { (0..layer.kv_heads).map(|_| Rows::new(layer)).collect() };
         let rows = shape.layers.iter().map(lanes).collect::<Result<_>>()?;
-        Ok(Self { shape, rows, position: 0 })
+        Ok(Self { shape, rows, position: 0, begun: 0 })
     }
 }
 
@@ -42,8 +44,14 @@ impl AttentionLayers for DenseLayers {
         self.position
     }
 
+    fn begin(&mut self, token_ids: &[u32], _phase: Phase) -> Result<()> {
+        self.begun = token_ids.len();
+        Ok(())
+    }
+
     fn attend(&mut self, piece: &Piece<'_>, out: &mut [f32]) -> Result<()> {
-        let layer = self.shape.layers.get(piece.layer).with_context(|| format!("layer: {}, the model has {}", piece.layer, self.rows.len()))?;
+        let layer =
+            self.shape.layers.get(piece.layer).with_context(|| format!("layer: {}, the model has {}", piece.layer, self.rows.len()))?;
         if piece.first_position != self.position {
             bail!("first_position: {}, the sequence has {} tokens", piece.first_position, self.position);
         }
@@ -63,8 +71,12 @@ impl AttentionLayers for DenseLayers {
         Ok(())
     }
 
-    fn commit(&mut self, token_ids: &[u32]) -> Result<()> {
-        self.position += token_ids.len();
+    fn commit(&mut self) -> Result<()> {
+        let end = self.position + std::mem::take(&mut self.begun);
+        if let Some(layer) = self.rows.iter().flatten().position(|rows| rows.first + rows.count != end) {
+            bail!("commit: lane {layer} of the model has not been given the rows up to {end}");
+        }
+        self.position = end;
         Ok(())
     }
 }

@@ -14,6 +14,7 @@ mod norm;
 mod rotary;
 mod tokenizer;
 
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -65,6 +66,12 @@ impl Hidden {
     pub fn last(&self) -> Self {
         let start = self.rows.len().saturating_sub(self.width);
         Self { rows: self.rows[start..].to_vec(), width: self.width }
+    }
+
+    /// The states of some of its tokens.
+    #[must_use]
+    pub fn range(&self, tokens: Range<usize>) -> Self {
+        Self { rows: self.rows[tokens.start * self.width..tokens.end * self.width].to_vec(), width: self.width }
     }
 
     /// Puts the states of a later piece behind these.
@@ -136,12 +143,13 @@ impl Model {
         let global = self.rotary_global.angles(first_position, tokens);
         let window = self.rotary_window.angles(first_position, tokens);
         let mut stream = self.head.embed(token_ids)?;
+        attention.begin(token_ids, phase)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             let angles = if self.config.layers[layer].kind == LaneKind::Selected { &global } else { &window };
             let place = Place { first_position, tokens, phase, angles };
             block.forward(&mut stream, place, attention).with_context(|| format!("layer {layer}"))?;
         }
-        attention.commit(token_ids)?;
+        attention.commit()?;
         self.final_norm.apply(&mut stream);
         Ok(Hidden { rows: stream, width: self.config.hidden })
     }

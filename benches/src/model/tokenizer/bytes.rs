@@ -49,7 +49,8 @@ impl ByteLevel {
         let literal = vocabulary.entries().filter(|(_, _, kind)| *kind == TokenType::UserDefined);
         let literal: Vec<AddedToken> = literal.map(|(_, token, _)| AddedToken::from(token, false).normalized(false)).collect();
         tokenizer.add_tokens(literal).map_err(|error| anyhow!("tokenizer: {error}"))?;
-        let controls = vocabulary.types.iter().map(|kind| matches!(kind, TokenType::Control | TokenType::Unused | TokenType::Unknown)).collect();
+        let controls =
+            vocabulary.types.iter().map(|kind| matches!(kind, TokenType::Control | TokenType::Unused | TokenType::Unknown)).collect();
         Ok(Self { tokenizer, controls })
     }
 

@@ -1,0 +1,6 @@
+//! The decode worker against implementations and token ids that share nothing with it. Needs python3; fetches the real model when it is missing.
+#![cfg(feature = "model")]
+
+mod families;
+mod gemma;
+mod support;
