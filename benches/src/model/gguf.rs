@@ -81,11 +81,11 @@ impl Gguf {
     /// # Errors
     /// The value is not text.
     pub fn text(&self, key: &str) -> Result<Option<&str>> {
-        let text = |value| match value {
-            &Value::String(ref text) => Ok(text.as_str()),
-            other => Err(anyhow!("gguf: {key} is {other:?}, a string expected")),
-        };
-        self.value(key).map(text).transpose()
+        match self.value(key) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(other) => Err(anyhow!("gguf: {key} is {other:?}, a string expected")),
+        }
     }
 
     /// A truth value under `key`.

@@ -31,7 +31,7 @@ struct Vocabulary {
 }
 
 enum Kind {
-    Pieces(Pieces),
+    Pieces(Box<Pieces>),
     ByteLevel(Box<ByteLevel>),
 }
 
@@ -53,7 +53,7 @@ impl Tokenizer {
         let end = special(gguf, "eos", vocabulary.tokens.len())?;
         let model = gguf.text("tokenizer.ggml.model")?.context("gguf: tokenizer.ggml.model is missing")?;
         let (kind, begins) = match model {
-            "llama" => (Kind::Pieces(Pieces::read(gguf, &vocabulary)?), true),
+            "llama" => (Kind::Pieces(Box::new(Pieces::read(gguf, &vocabulary)?)), true),
             "gpt2" => (Kind::ByteLevel(Box::new(ByteLevel::read(gguf, &vocabulary)?)), false),
             other => bail!("gguf: tokenizer.ggml.model is {other:?}; llama (SentencePiece) and gpt2 (byte-level BPE) are served"),
         };
