@@ -1,6 +1,8 @@
 //! Workloads of Sluice: what they measure lives here, the binary only reads flags and calls it.
 
 pub mod floors;
+#[cfg(feature = "model")]
+pub mod generate;
 pub mod generator;
 #[cfg(feature = "model")]
 pub mod model;

@@ -9,6 +9,7 @@ mod config;
 mod dense;
 mod gguf;
 mod head;
+pub mod input;
 mod linear;
 mod norm;
 mod rotary;
