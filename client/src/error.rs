@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use sluice_kernels::decoder::StepError;
+use sluice_kernels::device::DeviceError;
+use sluice_kernels::sequence::SequenceError;
 use sluice_kernels::shared::SharedError;
 use thiserror::Error;
 use tonic::Code;

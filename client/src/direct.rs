@@ -1,0 +1,312 @@
+//! The Direct way: rows lie in shared memory, and this process performs the steps.
+//!
+//! A step needs neither the daemon nor the operating system. Segments that appear later are asked for between steps without waiting for the
+//! answer; a daemon that is dead or stopped holds nothing up until the open slots are full.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sluice_kernels::decoder::{Attend, StepError, StepReport as Costs, StepRequest};
+use sluice_kernels::device::DeviceKind;
+use sluice_kernels::label::Calibration;
+use sluice_kernels::layout::ClassLayout;
+use sluice_kernels::sequence::{Sequence, SequenceError, SequenceFiles};
+use sluice_kernels::shape::ModelShape;
+use sluice_kernels::shared::LAYOUT_VERSION;
+use sluice_kernels::shared::segment::{Access, LabelSegment, Segment};
+use sluice_kernels::slot::{CHUNK_TOKENS, SlotClass};
+use sluice_proto::v1;
+
+use crate::client::from_json;
+use crate::connection::Retry;
+use crate::error::ClientError;
+use crate::local::SharedDecoder;
+use crate::session::Core;
+use crate::side_socket::{Attached, SegmentReply, SideSocket};
+use crate::step::{AttendMode, LaneSelection, Step, StepOut, StepReport};
+
+/// What a Direct session holds.
+pub(crate) struct DirectWay {
+    sequence: Sequence,
+    decoder: SharedDecoder,
+    side: Option<SideSocket>,
+    selected: Arc<ClassLayout>,
+    window: Arc<ClassLayout>,
+    /// When a lost side socket may be opened again.
+    reattach_at: Instant,
+}
+
+/// Shortest time between two attempts to open the side socket again.
+const REATTACH_PAUSE: Duration = Duration::from_millis(250);
+
+impl DirectWay {
+    pub(crate) fn attach(core: &mut Core, device: DeviceKind, threads: usize) -> Result<Self, ClientError> {
+        let decoder = core.client.local().decoder(device, threads)?;
+        let (attached, calibration) = open_side(core)?;
+        let Attached { side, files, board, open } = attached;
+        let shape: ModelShape =
+            serde_json::from_str(&files.shape_json).map_err(|error| ClientError::protocol("AttachFiles.shape_json", error.to_string()))?;
+        if shape != *core.model.shape {
+            return Err(ClientError::protocol("AttachFiles.shape_json", "not the shape that the model was registered with"));
+        }
+        let sequence = Sequence::attach(SequenceFiles {
+            shape: Arc::clone(&core.model.shape),
+            calibration: calibration.map(Arc::new),
+            board,
+            open,
+            open_slots: files.open_slots,
+            writer: files.writer as usize,
+            lanes: core.options.lanes.clone().map(|lanes| usize::from(lanes.start)..usize::from(lanes.end)),
+            settings: core.settings,
+        })?;
+        core.committed = sequence.committed();
+        let selected = Arc::new(ClassLayout::new(&shape, SlotClass::Selected));
+        let window = Arc::new(ClassLayout::new(&shape, SlotClass::Window));
+        let mut way = Self { sequence, decoder, side: Some(side), selected, window, reattach_at: Instant::now() };
+        way.sync_all(core)?;
+        Ok(way)
+    }
+
+    pub(crate) fn open_slots(&self) -> usize {
+        self.sequence.open().layout().slots as usize
+    }
+
+    pub(crate) fn tokens_until_full(&mut self) -> Result<usize, ClientError> {
+        Ok(self.sequence.tokens_until_full())
+    }
+
+    /// Room for a run after taking up what the daemon has sealed. A lost side socket is opened again when room is short.
+    pub(crate) fn room(&mut self, core: &Core, needed: usize) -> Result<usize, ClientError> {
+        self.sync(core)?;
+        if self.sequence.tokens_until_full() < needed {
+            self.reattach(core);
+            self.sync(core)?;
+        } else if self.sequence.needs_calibration() {
+            self.reattach(core);
+        }
+        Ok(self.sequence.tokens_until_full())
+    }
+
+    pub(crate) fn sealed_tokens(&mut self, core: &Core) -> Result<usize, ClientError> {
+        self.reattach(core);
+        self.sync(core)?;
+        Ok(self.sequence.sealed_chunks() * CHUNK_TOKENS)
+    }
+
+    pub(crate) fn store_opaque(&mut self, state: &[u8]) -> Result<(), ClientError> {
+        Ok(self.sequence.open().store_opaque(state)?)
+    }
+
+    pub(crate) fn append(&mut self, core: &mut Core, layer: usize, positions: &Range<usize>, rows: &[u8]) -> Result<(), ClientError> {
+        let Some(run) = core.run.as_ref() else { return Ok(()) };
+        self.sequence.append(layer, positions.start, rows)?;
+        // Token ids go with layer 0, as on the wire.
+        if layer == 0 {
+            self.sequence.write_tokens(positions.start, run.ids_of(positions.clone()))?;
+        }
+        self.sequence.commit();
+        Ok(())
+    }
+
+    pub(crate) fn step(&mut self, core: &mut Core, step: &Step<'_>, positions: &Range<usize>, out: &mut StepOut<'_>) -> Result<(), ClientError> {
+        self.sync(core)?;
+        if let Some(index) = step.queries.iter().position(|value| !value.is_finite()) {
+            return Err(StepError::NotFinite { index }.into());
+        }
+        // Rows are committed after their step: a step that is refused leaves the run where it was.
+        if let Some(rows) = step.rows {
+            self.append(core, step.layer, positions, rows)?;
+        }
+        let costs = match self.attend(step, out) {
+            Err(StepError::Sequence(SequenceError::SegmentMissing { .. })) => {
+                self.sync_all(core)?;
+                self.attend(step, out)?
+            }
+            other => other?,
+        };
+        if let Some(report) = out.report.as_deref_mut() {
+            *report += costs_of(&costs);
+        }
+        Ok(())
+    }
+
+    fn attend(&mut self, step: &Step<'_>, out: &mut StepOut<'_>) -> Result<Costs, StepError> {
+        let mut request = StepRequest {
+            sequence: &mut self.sequence,
+            first_position: step.first_position,
+            queries: step.queries,
+            attend: match step.attend {
+                AttendMode::Sparse => Attend::Sparse,
+                AttendMode::Dense => Attend::Dense,
+            },
+            output: out.output,
+            lse: out.log_sum_exp,
+        };
+        self.decoder.lock().step_one(step.layer, &mut request)
+    }
+
+    pub(crate) fn rows(&mut self, core: &Core, layer: usize, position: usize, query: &[f32]) -> Result<Vec<LaneSelection>, ClientError> {
+        self.sync(core)?;
+        let lanes = self.decoder.lock().rows(layer, &mut self.sequence, position, query)?;
+        let lanes = lanes.into_iter().map(|lane| LaneSelection {
+            positions: lane.positions.into_iter().map(u64::from).collect(),
+            rows: lane.rows,
+        });
+        Ok(lanes.collect())
+    }
+
+    pub(crate) fn begin_truncate(&mut self, position: usize) -> Result<(), ClientError> {
+        Ok(self.sequence.begin_truncate(position)?)
+    }
+
+    pub(crate) fn abort_truncate(&mut self) {
+        self.sequence.abort_truncate();
+    }
+
+    pub(crate) fn truncated(&mut self, position: usize) {
+        self.sequence.truncated(position);
+    }
+
+    pub(crate) fn take_calibration(&mut self, core: &Core, calibration: &Calibration) -> Result<(), ClientError> {
+        self.sequence.set_calibration(calibration)?;
+        self.sync(core)
+    }
+
+    /// Takes up what the daemon has published, as far as segments are here; asks for those that are not, and never waits.
+    fn sync(&mut self, core: &Core) -> Result<(), ClientError> {
+        let missing = self.refresh(core)?;
+        let (Some(&segment), Some(side)) = (missing.first(), self.side.as_mut()) else { return Ok(()) };
+        match side.poll_segment(segment) {
+            Ok(None) => Ok(()),
+            Ok(Some(reply)) => self.add_segment(core, reply),
+            // The daemon is gone or has refused: rows that grew here are still in the open slots.
+            Err(error) => {
+                self.lose_side(&error);
+                Ok(())
+            }
+        }
+    }
+
+    /// As [`DirectWay::sync`], waiting until everything published is here.
+    fn sync_all(&mut self, core: &Core) -> Result<(), ClientError> {
+        let limit = core.client.config().rpc_deadline;
+        let begin = Instant::now();
+        loop {
+            let missing = self.refresh(core)?;
+            let Some(&segment) = missing.first() else { return Ok(()) };
+            if begin.elapsed() > limit {
+                return Err(ClientError::Deadline { call: "segments", limit });
+            }
+            if self.side.is_none() {
+                self.reattach_at = Instant::now();
+                self.side = Some(self.open_again(core)?);
+            }
+            let Some(side) = self.side.as_mut() else { continue };
+            match side.segment(segment) {
+                Ok(reply) => self.add_segment(core, reply)?,
+                Err(error) => {
+                    self.lose_side(&error);
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    fn refresh(&mut self, core: &Core) -> Result<Vec<u32>, ClientError> {
+        let generation = self.sequence.board().generation();
+        if generation != core.lease.generation {
+            let v1::LeaseRef { sequence_id, generation: held } = core.lease;
+            let reason = format!("the board names generation {generation}");
+            return Err(ClientError::LeaseLost { sequence_id, generation: held, reason });
+        }
+        match self.sequence.refresh() {
+            Err(SequenceError::Lease(state)) => {
+                let v1::LeaseRef { sequence_id, generation } = core.lease;
+                Err(ClientError::LeaseLost { sequence_id, generation, reason: format!("the board says {state:?}") })
+            }
+            other => Ok(other?),
+        }
+    }
+
+    fn add_segment(&mut self, core: &Core, reply: SegmentReply) -> Result<(), ClientError> {
+        let SegmentReply { files, rows, labels } = reply;
+        let local = core.client.local();
+        let layout = if files.window_class { &self.window } else { &self.selected };
+        let mapped = local.rows(&rows, || {
+            Ok(Segment::map(files.segment, files.slots, Arc::clone(layout), &rows, Access::ReadOnly)?)
+        })?;
+        let labels = match (labels, self.sequence.plan()) {
+            (Some(file), Some(plan)) => {
+                let layout = Arc::new(ClassLayout::labels(&core.model.shape, plan));
+                Some(local.labels(&file, files.label_set, || {
+                    Ok(LabelSegment::map(files.label_set, files.slots, layout, &file, Access::ReadOnly)?)
+                })?)
+            }
+            _ => None,
+        };
+        self.sequence.add_segment(mapped, labels);
+        Ok(())
+    }
+
+    fn lose_side(&mut self, error: &ClientError) {
+        tracing::debug!(%error, "side socket lost");
+        self.side = None;
+        self.reattach_at = Instant::now() + REATTACH_PAUSE;
+    }
+
+    /// Opens a lost side socket again, or takes up a calibration that has appeared. A failure is tried again later.
+    fn reattach(&mut self, core: &Core) {
+        let wanted = self.side.is_none() || self.sequence.needs_calibration();
+        if !wanted || Instant::now() < self.reattach_at {
+            return;
+        }
+        match self.open_again(core) {
+            Ok(side) => self.side = Some(side),
+            Err(error) => self.lose_side(&error),
+        }
+    }
+
+    fn open_again(&mut self, core: &Core) -> Result<SideSocket, ClientError> {
+        let (attached, calibration) = open_side(core)?;
+        if let Some(calibration) = calibration.filter(|_| !self.sequence.is_calibrated()) {
+            self.sequence.set_calibration(&calibration)?;
+        }
+        // Board and open slots are the files that are mapped already.
+        Ok(attached.side)
+    }
+}
+
+/// Attach, then the side socket: what there is to map, and the calibration in force.
+fn open_side(core: &Core) -> Result<(Attached, Option<Calibration>), ClientError> {
+    let lanes = core.options.lanes.clone().unwrap_or(0..0);
+    let request = v1::AttachRequest {
+        lease: Some(core.lease),
+        first_lane: lanes.start.into(),
+        lane_count: lanes.len() as u32,
+    };
+    let connection = core.client.connection();
+    let reply = connection.call("Attach", Retry::Idempotent, request, async |client, request| client.attach(request).await)?;
+    if reply.layout_version != LAYOUT_VERSION {
+        let message = format!("{} given, this build reads {LAYOUT_VERSION}", reply.layout_version);
+        return Err(ClientError::protocol("AttachResponse.layout_version", message));
+    }
+    let calibration = Some(&reply.calibration_json).filter(|json| !json.is_empty());
+    let calibration = calibration.map(|json| from_json("AttachResponse.calibration_json", json)).transpose()?;
+    let attached = SideSocket::attach(&reply.side_socket, &reply.ticket, core.client.config().rpc_deadline)?;
+    Ok((attached, calibration))
+}
+
+fn costs_of(costs: &Costs) -> StepReport {
+    let nanoseconds = |time: Duration| time.as_nanos() as u64;
+    StepReport {
+        selected_rows: costs.selected_rows,
+        hot_rows: costs.hot_rows,
+        row_bytes: costs.row_bytes,
+        label_bytes: costs.label_bytes,
+        score_ns: nanoseconds(costs.score),
+        select_ns: nanoseconds(costs.select),
+        gather_ns: nanoseconds(costs.gather),
+        attend_ns: nanoseconds(costs.attend),
+    }
+}
