@@ -22,6 +22,7 @@ use crate::client::from_json;
 use crate::connection::Retry;
 use crate::error::ClientError;
 use crate::local::SharedDecoder;
+use crate::run::Run;
 use crate::session::Core;
 use crate::side_socket::{Attached, SegmentReply, SideSocket};
 use crate::step::{AttendMode, LaneSelection, Step, StepOut, StepReport};
@@ -98,33 +99,46 @@ impl DirectWay {
         Ok(self.sequence.open().store_opaque(state)?)
     }
 
-    pub(crate) fn append(&mut self, core: &mut Core, layer: usize, positions: &Range<usize>, rows: &[u8]) -> Result<(), ClientError> {
+    pub(crate) fn append(&mut self, core: &Core, layer: usize, positions: &Range<usize>, rows: &[u8]) -> Result<(), ClientError> {
         let Some(run) = core.run.as_ref() else { return Ok(()) };
+        self.store(run, layer, positions, rows)?;
+        self.sequence.commit();
+        Ok(())
+    }
+
+    fn store(&mut self, run: &Run, layer: usize, positions: &Range<usize>, rows: &[u8]) -> Result<(), ClientError> {
         self.sequence.append(layer, positions.start, rows)?;
         // Token ids go with layer 0, as on the wire.
         if layer == 0 {
             self.sequence.write_tokens(positions.start, run.ids_of(positions.clone()))?;
         }
-        self.sequence.commit();
         Ok(())
     }
 
-    pub(crate) fn step(&mut self, core: &mut Core, step: &Step<'_>, positions: &Range<usize>, out: &mut StepOut<'_>) -> Result<(), ClientError> {
+    /// Whether rows of `positions` are stored, even though their step was refused.
+    pub(crate) fn has_stored(&self, layer: usize, positions: &Range<usize>) -> bool {
+        self.sequence.written(layer) == positions.end
+    }
+
+    pub(crate) fn step(&mut self, core: &Core, step: &Step<'_>, positions: &Range<usize>, out: &mut StepOut<'_>) -> Result<(), ClientError> {
         self.sync(core)?;
         if let Some(index) = step.queries.iter().position(|value| !value.is_finite()) {
             return Err(StepError::NotFinite { index }.into());
         }
-        // Rows are committed after their step: a step that is refused leaves the run where it was.
-        if let Some(rows) = step.rows {
-            self.append(core, step.layer, positions, rows)?;
+        if let (Some(rows), Some(run)) = (step.rows, core.run.as_ref()) {
+            self.store(run, step.layer, positions, rows)?;
         }
-        let costs = match self.attend(step, out) {
+        let attended = match self.attend(step, out) {
             Err(StepError::Sequence(SequenceError::SegmentMissing { .. })) => {
-                self.sync_all(core)?;
-                self.attend(step, out)?
+                self.sync_all(core).and_then(|()| Ok(self.attend(step, out)?))
             }
-            other => other?,
+            other => other.map_err(ClientError::from),
         };
+        // Committed after the step, which has marked how the rows came to be: the daemon may seal from here on.
+        if step.rows.is_some() {
+            self.sequence.commit();
+        }
+        let costs = attended?;
         if let Some(report) = out.report.as_deref_mut() {
             *report += costs_of(&costs);
         }
@@ -225,7 +239,7 @@ impl DirectWay {
                 let v1::LeaseRef { sequence_id, generation } = core.lease;
                 Err(ClientError::LeaseLost { sequence_id, generation, reason: format!("the board says {state:?}") })
             }
-            other => Ok(other?),
+            other => other.map_err(ClientError::from),
         }
     }
 
@@ -261,9 +275,14 @@ impl DirectWay {
         if !wanted || Instant::now() < self.reattach_at {
             return;
         }
+        let begin = Instant::now();
         match self.open_again(core) {
             Ok(side) => self.side = Some(side),
-            Err(error) => self.lose_side(&error),
+            Err(error) => {
+                self.lose_side(&error);
+                // A daemon that is stopped rather than dead makes an attempt slow: it is then repeated rarely.
+                self.reattach_at += 4 * begin.elapsed();
+            }
         }
     }
 

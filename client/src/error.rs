@@ -109,6 +109,15 @@ pub enum ClientError {
     /// A shared file cannot be used.
     #[error("shared memory: {0}")]
     Shared(#[from] SharedError),
+    /// Direct: the sequence refuses; nothing has changed.
+    #[error(transparent)]
+    Sequence(#[from] SequenceError),
+    /// Direct: the step is refused; nothing was computed.
+    #[error(transparent)]
+    Step(#[from] StepError),
+    /// Direct: the device of this process cannot be opened.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 impl ClientError {

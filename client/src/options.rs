@@ -17,8 +17,6 @@ pub enum Attach {
         device: DeviceKind,
         /// Compute threads of the device, the caller's own included. One thread: no system call in a step.
         threads: usize,
-        /// Hot rows a lane keeps; 0: none.
-        hot_rows: usize,
     },
 }
 

@@ -22,10 +22,6 @@ impl Run {
         self.first + self.token_ids.len()
     }
 
-    pub(crate) fn token_ids(&self) -> &[u32] {
-        &self.token_ids
-    }
-
     /// The token ids of positions of the run.
     pub(crate) fn ids_of(&self, positions: Range<usize>) -> &[u32] {
         &self.token_ids[positions.start - self.first..positions.end - self.first]

@@ -187,7 +187,7 @@ impl Session {
         let positions = self.run()?.check(layer, first_position, rows.len() / token_bytes)?;
         match &mut self.way {
             Way::Stream(way) => way.append(&mut self.core, layer, &positions, rows)?,
-            Way::Direct(way) => way.append(&mut self.core, layer, &positions, rows)?,
+            Way::Direct(way) => way.append(&self.core, layer, &positions, rows)?,
         }
         self.stored(layer, &positions);
         Ok(())
@@ -220,7 +220,14 @@ impl Session {
         let positions = self.check(step, &out)?;
         match &mut self.way {
             Way::Stream(way) => way.step(&mut self.core, step, &positions, &mut out)?,
-            Way::Direct(way) => way.step(&mut self.core, step, &positions, &mut out)?,
+            Way::Direct(way) => {
+                let attended = way.step(&self.core, step, &positions, &mut out);
+                // Rows whose segments could not be reached: the new ones are stored all the same, and the query can be asked again.
+                if attended.is_err() && step.rows.is_some() && way.has_stored(step.layer, &positions) {
+                    self.stored(step.layer, &positions);
+                }
+                attended?;
+            }
         }
         self.after_step(step, &positions)
     }

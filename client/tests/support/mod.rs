@@ -1,0 +1,114 @@
+//! What the cross-process tests share.
+#![expect(dead_code, reason = "every test file uses a part of it")]
+
+pub mod daemon;
+pub mod oracle;
+pub mod rows;
+
+use sluice_client::{Attach, AttendMode, Client, Model, ModelRegistration, OpenOptions, RotaryLayout, RowsWanted, Session, Step, StepOut};
+use sluice_kernels::budget::{Budget, Settings};
+use sluice_kernels::device::DeviceKind;
+use sluice_kernels::shape::{ModelShape, RowType};
+
+use rows::{query_of, rows_of, selected, window};
+
+/// Two full-attention layers around a sliding-window layer.
+pub fn hybrid_shape(row_type: RowType) -> ModelShape {
+    ModelShape { row_type, layers: vec![selected(4, 2, 64), window(300, 2, 1, 64), selected(2, 2, 96)] }
+}
+
+/// Full-attention layers only.
+pub fn plain_shape(row_type: RowType) -> ModelShape {
+    ModelShape { row_type, layers: vec![selected(4, 2, 64), selected(2, 1, 64)] }
+}
+
+pub fn register(client: &Client, name: &str, shape: &ModelShape) -> Model {
+    let registration = ModelRegistration {
+        name: name.to_owned(),
+        weights_digest: name.as_bytes().to_vec(),
+        shape: shape.clone(),
+        rotary: RotaryLayout::HalfSplit,
+        namespace: String::new(),
+    };
+    client.register_model(&registration, None).expect("registration")
+}
+
+pub const DIRECT: Attach = Attach::Direct { device: DeviceKind::Cpu, threads: 1 };
+
+/// A budget small enough that most rows before the horizon are left out.
+pub fn sparse_settings() -> Settings {
+    Settings { budget: Budget::Ratio { numerator: 1, denominator: 16, floor_tokens: 32, cap_tokens: 0 }, exact_tokens: 64, sink_tokens: 4 }
+}
+
+pub fn options(attach: Attach, settings: Settings) -> OpenOptions {
+    OpenOptions { attach, settings: Some(settings), open_slots: 4, ..OpenOptions::default() }
+}
+
+/// Appends the hashed rows of `ids[session.length()..]`.
+pub fn fill(session: &mut Session, ids: &[u32]) {
+    let paths = rows::path_hashes(ids);
+    let shape = session.shape().clone();
+    let rest = &ids[session.length()..];
+    let wanted = |want: RowsWanted, rows: &mut [u8]| rows.copy_from_slice(&rows_of(&paths[want.positions], want.layer, &shape));
+    session.prefill(rest, wanted).expect("prefill");
+}
+
+/// One layer's output and log-sum-exp of the query of `position`, over rows that are stored.
+pub fn ask(session: &mut Session, position: usize, layer: usize, attend: AttendMode) -> (Vec<f32>, Vec<f32>) {
+    let layer_shape = session.shape().layers[layer];
+    let queries = query_of(position, layer, &layer_shape);
+    let mut output = vec![f32::NAN; queries.len()];
+    let mut log_sum_exp = vec![f32::NAN; usize::from(layer_shape.query_heads)];
+    let step = Step { layer, first_position: position, queries: &queries, rows: None, attend };
+    session.step(&step, StepOut { output: &mut output, log_sum_exp: &mut log_sum_exp, report: None }).expect("step");
+    (output, log_sum_exp)
+}
+
+/// Decodes the token after `ids[..session.length()]`: its rows are stored, its queries attended; all layers' outputs, one after the other.
+pub fn decode(session: &mut Session, ids: &[u32], paths: &[u64], attend: AttendMode) -> Result<Vec<f32>, sluice_client::ClientError> {
+    let position = session.length();
+    let shape = session.shape().clone();
+    session.begin(&ids[position..position + 1])?;
+    let mut outputs = Vec::new();
+    for (layer, layer_shape) in shape.layers.iter().enumerate() {
+        let queries = query_of(position, layer, layer_shape);
+        let rows = rows_of(&paths[position..position + 1], layer, &shape);
+        let mut output = vec![f32::NAN; queries.len()];
+        let mut log_sum_exp = vec![f32::NAN; usize::from(layer_shape.query_heads)];
+        let step = Step { layer, first_position: position, queries: &queries, rows: Some(&rows), attend };
+        session.step(&step, StepOut { output: &mut output, log_sum_exp: &mut log_sum_exp, report: None })?;
+        outputs.extend(output);
+        outputs.extend(log_sum_exp);
+    }
+    Ok(outputs)
+}
+
+/// Fails unless every row that the session can read up to its last token is the right one. With dense settings these are all rows.
+pub fn verify_rows(session: &mut Session, paths: &[u64]) -> usize {
+    let shape = session.shape().clone();
+    let Some(position) = session.length().checked_sub(1) else { return 0 };
+    let mut verified = 0;
+    for (layer, layer_shape) in shape.layers.iter().enumerate() {
+        if layer_shape.kind != sluice_kernels::shape::LaneKind::Selected {
+            continue;
+        }
+        let lanes = session.rows(layer, position, &query_of(position, layer, layer_shape)).expect("rows");
+        let row_bytes = layer_shape.row_bytes(shape.row_type);
+        assert_eq!(lanes.len(), layer_shape.lanes());
+        for (lane, selection) in lanes.iter().enumerate() {
+            assert_eq!(selection.rows.len(), selection.positions.len() * row_bytes);
+            assert!(selection.positions.windows(2).all(|pair| pair[0] < pair[1]), "positions ascend");
+            for (&at, row) in selection.positions.iter().zip(selection.rows.chunks_exact(row_bytes)) {
+                let expected = rows::row_bytes(paths[at as usize], layer, lane, &shape);
+                assert_eq!(row, expected, "row of position {at}, layer {layer}, lane {lane}");
+                verified += 1;
+            }
+        }
+    }
+    verified
+}
+
+/// The bits of floats, for comparisons to the bit.
+pub fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
