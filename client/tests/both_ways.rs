@@ -1,0 +1,154 @@
+//! Stream and Direct are one decoder over one memory: their results are equal to the bit, and dense ones agree with a naive f64 oracle.
+
+mod support;
+
+use std::time::Duration;
+
+use rustix::process::Signal;
+use sluice_client::{Attach, AttendMode, BatchStep, OnlineCalibration, OpenOptions, Session, Step, StepOut};
+use sluice_kernels::budget::{Budget, Settings};
+use sluice_kernels::label::LabelPlan;
+use sluice_kernels::shape::{LaneKind, RowType};
+use support::daemon::{Daemon, DaemonOptions};
+use support::oracle::{assert_close, dense};
+use support::rows::{path_hashes, query_of, rows_of, token_ids};
+use support::{DIRECT, ask, bits, decode, fill, hybrid_shape, options, plain_shape, register, sparse_settings, verify_rows};
+
+/// Opens with online calibration and fills the prompt by dense steps, which the calibration sees.
+fn calibrated(client: &sluice_client::Client, model: &sluice_client::Model, attach: Attach, ids: &[u32]) -> Session {
+    let plan = LabelPlan::large(64);
+    let calibrate = Some(OnlineCalibration { plan, tokens: 64 });
+    let opened = client.open(model, ids, &OpenOptions { calibrate, ..options(attach, sparse_settings()) });
+    let mut session = opened.expect("open");
+    let paths = path_hashes(ids);
+    let shape = session.shape().clone();
+    while session.length() < ids.len() {
+        let positions = session.length()..ids.len().min(session.length() + 50);
+        session.begin(&ids[positions.clone()]).expect("begin");
+        for (layer, layer_shape) in shape.layers.iter().enumerate() {
+            let queries: Vec<f32> = positions.clone().flat_map(|position| query_of(position, layer, layer_shape)).collect();
+            let rows = rows_of(&paths[positions.clone()], layer, &shape);
+            let mut output = vec![0.0; queries.len()];
+            let mut log_sum_exp = vec![0.0; positions.len() * usize::from(layer_shape.query_heads)];
+            let step = Step { layer, first_position: positions.start, queries: &queries, rows: Some(&rows), attend: AttendMode::Dense };
+            session.step(&step, StepOut { output: &mut output, log_sum_exp: &mut log_sum_exp, report: None }).expect("step");
+        }
+    }
+    session
+}
+
+fn every_answer(session: &mut Session, from: usize) -> Vec<u32> {
+    let layers = session.shape().layers.len();
+    let mut all = Vec::new();
+    for position in (from..session.length()).step_by(17) {
+        for layer in 0..layers {
+            for attend in [AttendMode::Sparse, AttendMode::Dense] {
+                let (output, log_sum_exp) = ask(session, position, layer, attend);
+                all.extend(bits(&output));
+                all.extend(bits(&log_sum_exp));
+            }
+        }
+    }
+    all
+}
+
+#[test]
+fn stream_and_direct_are_equal_to_the_bit_and_the_daemon_may_be_stopped() {
+    let daemon = Daemon::start(DaemonOptions::default());
+    let client = daemon.client();
+    for row_type in [RowType::F16, RowType::F32, RowType::Bf16] {
+        let model = register(&client, &format!("ways {row_type:?}"), &plain_shape(row_type));
+        let ids = token_ids(1, 1500);
+        let paths = path_hashes(&ids);
+        let mut stream = calibrated(&client, &model, Attach::Stream, &ids[..1400]);
+        let mut direct = client.open(&model, &ids[..1400], &options(DIRECT, sparse_settings())).expect("open");
+        assert!(direct.matched_tokens() >= 1280, "{} matched of a prompt whose 5 full chunks were sealed", direct.matched_tokens());
+        fill(&mut direct, &ids[..1400]);
+        let streamed: Vec<Vec<u32>> =
+            (1400..1500).map(|_| bits(&decode(&mut stream, &ids, &paths, AttendMode::Sparse).expect("stream"))).collect();
+        // All that the direct session does from here on, it does without the daemon.
+        daemon.signal(Signal::STOP);
+        let directly: Vec<Vec<u32>> =
+            (1400..1500).map(|_| bits(&decode(&mut direct, &ids, &paths, AttendMode::Sparse).expect("direct"))).collect();
+        let answers = every_answer(&mut direct, 1100);
+        let verified = verify_rows(&mut direct, &paths);
+        daemon.signal(Signal::CONT);
+        assert_eq!(streamed, directly);
+        assert_eq!(every_answer(&mut stream, 1100), answers);
+        // The selection is a real one: far fewer rows than there are, and the right ones.
+        let all = 1500 * 3;
+        assert!(verified > 3 * 64 && verified < all / 3, "{verified} rows of {all} attended");
+        stream.close().expect("close");
+        direct.close().expect("close");
+    }
+}
+
+#[test]
+fn dense_and_k_of_everything_agree_with_the_oracle() {
+    let daemon = Daemon::start(DaemonOptions::default());
+    let client = daemon.client();
+    let shape = hybrid_shape(RowType::F16);
+    let model = register(&client, "oracle", &shape);
+    let ids = token_ids(2, 700);
+    let paths = path_hashes(&ids);
+    let everything = Settings { budget: Budget::Ratio { numerator: 1, denominator: 1, floor_tokens: 0, cap_tokens: 0 }, ..sparse_settings() };
+    let mut made = calibrated(&client, &model, Attach::Stream, &ids);
+    for attach in [Attach::Stream, DIRECT] {
+        let mut session = client.open(&model, &ids, &options(attach, everything)).expect("open");
+        fill(&mut session, &ids);
+        for position in [0, 63, 255, 256, 300, 511, 512, 699] {
+            for layer in 0..shape.layers.len() {
+                // Rows of a window are kept near the end of the sequence only.
+                if matches!(shape.layers[layer].kind, LaneKind::Window { .. }) && position < 600 {
+                    continue;
+                }
+                let (expected, expected_lse) = dense(&paths, position, layer, &shape);
+                for attend in [AttendMode::Sparse, AttendMode::Dense] {
+                    let (output, log_sum_exp) = ask(&mut session, position, layer, attend);
+                    assert_close(&format!("{attach:?} {attend:?} output of layer {layer} at {position}"), &output, &expected, 2e-5);
+                    assert_close("log-sum-exp", &log_sum_exp, &expected_lse, 2e-5);
+                }
+            }
+        }
+        assert_eq!(verify_rows(&mut session, &paths), 700 * 4, "k of everything attends every row");
+        session.close().expect("close");
+    }
+    made.wait_sealed(512, Duration::from_secs(10)).expect("sealed");
+    made.close().expect("close");
+}
+
+#[test]
+fn a_batch_gives_what_its_steps_give_alone() {
+    let daemon = Daemon::start(DaemonOptions::default());
+    let client = daemon.client();
+    let shape = plain_shape(RowType::F32);
+    let model = register(&client, "batch", &shape);
+    let mut sessions = Vec::new();
+    for (index, attach) in [Attach::Stream, DIRECT, Attach::Stream, Attach::Stream].into_iter().enumerate() {
+        let ids = token_ids(100 + index as u64, 150 + 200 * index);
+        let mut session = client.open(&model, &ids, &options(attach, sparse_settings())).expect("open");
+        fill(&mut session, &ids);
+        sessions.push(session);
+    }
+    let layer = 1;
+    let layer_shape = shape.layers[layer];
+    let alone: Vec<_> = sessions.iter_mut().map(|session| ask(session, session.length() - 1, layer, AttendMode::Sparse)).collect();
+    let queries: Vec<Vec<f32>> = sessions.iter().map(|session| query_of(session.length() - 1, layer, &layer_shape)).collect();
+    let mut outputs = vec![(vec![0.0; queries[0].len()], vec![0.0; usize::from(layer_shape.query_heads)]); sessions.len()];
+    let parts = sessions.iter_mut().zip(&queries).zip(&mut outputs);
+    let mut batch: Vec<BatchStep<'_>> = parts
+        .map(|((session, queries), (output, log_sum_exp))| {
+            let first_position = session.length() - 1;
+            let step = Step { layer, first_position, queries, rows: None, attend: AttendMode::Sparse };
+            BatchStep { session, step, out: StepOut { output, log_sum_exp, report: None } }
+        })
+        .collect();
+    // The third one asks for a token that it does not have: it alone is refused.
+    batch[2].step.first_position += 1;
+    let results = client.step_batch(&mut batch);
+    assert_eq!(results.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, true, false, true]);
+    for index in [0, 1, 3] {
+        assert_eq!(bits(&outputs[index].0), bits(&alone[index].0), "output of {index}");
+        assert_eq!(bits(&outputs[index].1), bits(&alone[index].1), "log-sum-exp of {index}");
+    }
+}
