@@ -78,9 +78,7 @@ impl Client {
             results[index] = match result.error {
                 Some(error) if tonic::Code::from_i32(error.code) == tonic::Code::ResourceExhausted => None,
                 Some(error) => Some(Err(refusal(error))),
-                None => {
-                    Some(read_result(&result, &mut entry.out).and_then(|()| entry.session.after_step(&entry.step, &positions)))
-                }
+                None => Some(read_result(&result, &mut entry.out).and_then(|()| entry.session.after_step(&entry.step, &positions))),
             };
         }
     }

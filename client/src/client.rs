@@ -79,9 +79,9 @@ impl Client {
             calibration_json: calibration.map(to_json).transpose()?.unwrap_or_default().into(),
             namespace: model.namespace.clone(),
         };
-        let reply = self.connection().call("RegisterModel", Retry::Idempotent, request, async |client, request| {
-            client.register_model(request).await
-        })?;
+        let reply = self
+            .connection()
+            .call("RegisterModel", Retry::Idempotent, request, async |client, request| client.register_model(request).await)?;
         Ok(Model { id: reply.model_id, shape: Arc::new(model.shape.clone()), calibrated: reply.calibrated })
     }
 
@@ -91,9 +91,9 @@ impl Client {
     /// It is unknown, or sequences of it are held.
     pub fn unregister_model(&self, model: &Model) -> Result<u64, ClientError> {
         let request = v1::UnregisterModelRequest { model_id: model.id };
-        let reply = self.connection().call("UnregisterModel", Retry::Never, request, async |client, request| {
-            client.unregister_model(request).await
-        })?;
+        let reply = self
+            .connection()
+            .call("UnregisterModel", Retry::Never, request, async |client, request| client.unregister_model(request).await)?;
         Ok(reply.freed_bytes)
     }
 
@@ -103,9 +103,9 @@ impl Client {
     /// It does not fit the model.
     pub fn set_calibration(&self, model: &Model, calibration: &Calibration) -> Result<CalibrationInForce, ClientError> {
         let request = v1::SetCalibrationRequest { model_id: model.id, calibration_json: to_json(calibration)?.into() };
-        let reply = self.connection().call("SetCalibration", Retry::Idempotent, request, async |client, request| {
-            client.set_calibration(request).await
-        })?;
+        let reply = self
+            .connection()
+            .call("SetCalibration", Retry::Idempotent, request, async |client, request| client.set_calibration(request).await)?;
         let calibration = from_json("SetCalibrationResponse.calibration_json", &reply.calibration_json)?;
         Ok(CalibrationInForce { calibration, accepted: reply.accepted })
     }
@@ -155,13 +155,7 @@ impl Client {
         attached
     }
 
-    fn attached(
-        &self,
-        model: &Model,
-        options: &OpenOptions,
-        reply: v1::OpenResponse,
-        lease: v1::LeaseRef,
-    ) -> Result<Session, ClientError> {
+    fn attached(&self, model: &Model, options: &OpenOptions, reply: v1::OpenResponse, lease: v1::LeaseRef) -> Result<Session, ClientError> {
         let matched = reply.matched_tokens as usize;
         let mut core = Core {
             client: self.clone(),

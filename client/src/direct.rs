@@ -51,7 +51,7 @@ impl DirectWay {
         if shape != *core.model.shape {
             return Err(ClientError::protocol("AttachFiles.shape_json", "not the shape that the model was registered with"));
         }
-        let sequence = Sequence::attach(SequenceFiles {
+        let mut sequence = Sequence::attach(SequenceFiles {
             shape: Arc::clone(&core.model.shape),
             calibration: calibration.map(Arc::new),
             board,
@@ -61,6 +61,9 @@ impl DirectWay {
             lanes: core.options.lanes.clone().map(|lanes| usize::from(lanes.start)..usize::from(lanes.end)),
             settings: core.settings,
         })?;
+        if core.options.hot_rows > 0 {
+            sequence.set_hot_rows(core.options.hot_rows);
+        }
         core.committed = sequence.committed();
         let selected = Arc::new(ClassLayout::new(&shape, SlotClass::Selected));
         let window = Arc::new(ClassLayout::new(&shape, SlotClass::Window));
@@ -120,7 +123,13 @@ impl DirectWay {
         self.sequence.written(layer) == positions.end
     }
 
-    pub(crate) fn step(&mut self, core: &Core, step: &Step<'_>, positions: &Range<usize>, out: &mut StepOut<'_>) -> Result<(), ClientError> {
+    pub(crate) fn step(
+        &mut self,
+        core: &Core,
+        step: &Step<'_>,
+        positions: &Range<usize>,
+        out: &mut StepOut<'_>,
+    ) -> Result<(), ClientError> {
         self.sync(core)?;
         if let Some(index) = step.queries.iter().position(|value| !value.is_finite()) {
             return Err(StepError::NotFinite { index }.into());
@@ -163,10 +172,8 @@ impl DirectWay {
     pub(crate) fn rows(&mut self, core: &Core, layer: usize, position: usize, query: &[f32]) -> Result<Vec<LaneSelection>, ClientError> {
         self.sync(core)?;
         let lanes = self.decoder.lock().rows(layer, &mut self.sequence, position, query)?;
-        let lanes = lanes.into_iter().map(|lane| LaneSelection {
-            positions: lane.positions.into_iter().map(u64::from).collect(),
-            rows: lane.rows,
-        });
+        let lanes =
+            lanes.into_iter().map(|lane| LaneSelection { positions: lane.positions.into_iter().map(u64::from).collect(), rows: lane.rows });
         Ok(lanes.collect())
     }
 
@@ -247,9 +254,7 @@ impl DirectWay {
         let SegmentReply { files, rows, labels } = reply;
         let local = core.client.local();
         let layout = if files.window_class { &self.window } else { &self.selected };
-        let mapped = local.rows(&rows, || {
-            Ok(Segment::map(files.segment, files.slots, Arc::clone(layout), &rows, Access::ReadOnly)?)
-        })?;
+        let mapped = local.rows(&rows, || Ok(Segment::map(files.segment, files.slots, Arc::clone(layout), &rows, Access::ReadOnly)?))?;
         let labels = match (labels, self.sequence.plan()) {
             (Some(file), Some(plan)) => {
                 let layout = Arc::new(ClassLayout::labels(&core.model.shape, plan));
@@ -299,11 +304,7 @@ impl DirectWay {
 /// Attach, then the side socket: what there is to map, and the calibration in force.
 fn open_side(core: &Core) -> Result<(Attached, Option<Calibration>), ClientError> {
     let lanes = core.options.lanes.clone().unwrap_or(0..0);
-    let request = v1::AttachRequest {
-        lease: Some(core.lease),
-        first_lane: lanes.start.into(),
-        lane_count: lanes.len() as u32,
-    };
+    let request = v1::AttachRequest { lease: Some(core.lease), first_lane: lanes.start.into(), lane_count: lanes.len() as u32 };
     let connection = core.client.connection();
     let reply = connection.call("Attach", Retry::Idempotent, request, async |client, request| client.attach(request).await)?;
     if reply.layout_version != LAYOUT_VERSION {

@@ -137,5 +137,9 @@ impl ClientError {
 
 /// Checks that a count is what it has to be.
 pub(crate) fn expect_count(field: &'static str, given: usize, expected: usize) -> Result<(), ClientError> {
-    if given == expected { Ok(()) } else { Err(ClientError::Input { field, value: given.to_string(), bound: format!("{expected}, the count that fits") }) }
+    if given == expected {
+        Ok(())
+    } else {
+        Err(ClientError::Input { field, value: given.to_string(), bound: format!("{expected}, the count that fits") })
+    }
 }

@@ -15,14 +15,11 @@ impl Session {
     pub fn fork(&mut self, position: usize) -> Result<Session, ClientError> {
         self.finish_truncation()?;
         let core = &self.core;
-        let request = v1::ForkRequest {
-            lease: Some(core.lease),
-            position: position as u64,
-            open_slots: core.options.open_slots,
-            holder_pid: 0,
-        };
+        let request =
+            v1::ForkRequest { lease: Some(core.lease), position: position as u64, open_slots: core.options.open_slots, holder_pid: 0 };
         // As Open: a lost answer leaves a lease that nobody uses until this process ends.
-        let reply = core.client.connection().call("Fork", Retry::Idempotent, request, async |client, request| client.fork(request).await)?;
+        let reply =
+            core.client.connection().call("Fork", Retry::Idempotent, request, async |client, request| client.fork(request).await)?;
         // The parent calibrates for all of them.
         let options = OpenOptions { calibrate: None, ..core.options.clone() };
         core.client.session(&core.model, &options, reply)

@@ -33,8 +33,8 @@ pub use error::ClientError;
 pub use options::{Attach, OnlineCalibration, OpenOptions};
 pub use rows::encode_rows;
 pub use session::Session;
-pub use step::{AttendMode, BatchStep, LaneSelection, MAX_STEP_QUERIES, RowsWanted, Step, StepOut, StepReport};
 /// A held or parked sequence, as the daemon lists it.
 pub use sluice_proto::v1::SequenceInfo;
 /// What the daemon holds, in numbers.
 pub use sluice_proto::v1::StatsResponse as Stats;
+pub use step::{AttendMode, BatchStep, LaneSelection, MAX_STEP_QUERIES, RowsWanted, Step, StepOut, StepReport};

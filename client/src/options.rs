@@ -42,12 +42,14 @@ pub struct OpenOptions {
     pub open_slots: u32,
     /// Lanes of every layer that this session writes and attends (direct only); `None`: all.
     pub lanes: Option<Range<u16>>,
+    /// Hot rows that a lane keeps (direct only; in Stream it is the daemon's configuration); 0: none.
+    pub hot_rows: usize,
     /// Calibration from the first prompt, for a model that has none.
     pub calibrate: Option<OnlineCalibration>,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { attach: Attach::Stream, settings: None, extra_keys: Vec::new(), open_slots: 0, lanes: None, calibrate: None }
+        Self { attach: Attach::Stream, settings: None, extra_keys: Vec::new(), open_slots: 0, lanes: None, hot_rows: 0, calibrate: None }
     }
 }

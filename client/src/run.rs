@@ -73,7 +73,10 @@ mod tests {
         run.stored(0, &part);
         assert!(run.is_started() && !run.is_complete());
         assert_eq!(run.check(0, 10, 1).expect_err("again").to_string(), "first_position: 10 is outside 12, the next position of layer 0");
-        assert_eq!(run.check(0, 12, 2).expect_err("too long").to_string(), "rows (tokens): 2 is outside 1 to 1, what is left of the run in layer 0");
+        assert_eq!(
+            run.check(0, 12, 2).expect_err("too long").to_string(),
+            "rows (tokens): 2 is outside 1 to 1, what is left of the run in layer 0"
+        );
         assert_eq!(run.check(2, 10, 1).expect_err("no layer").to_string(), "layer: 2 is outside 0 to 1");
         assert!(run.check(1, 11, 1).is_err());
         for (layer, first, tokens) in [(1, 10, 3), (0, 12, 1)] {

@@ -52,7 +52,8 @@ impl SideSocket {
     /// Connects and hands over the ticket; answers what the lease's files are, and the board and the open slots.
     pub(crate) fn attach(path: &str, ticket: &[u8], limit: Duration) -> Result<Attached, ClientError> {
         let failed = |action| move |source: rustix::io::Errno| ClientError::SideSocket { action, source: source.into() };
-        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(failed("create"))?;
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(failed("create"))?;
         set_socket_timeout(&socket, Timeout::Recv, Some(limit)).map_err(failed("set receive timeout"))?;
         set_socket_timeout(&socket, Timeout::Send, Some(limit)).map_err(failed("set send timeout"))?;
         let address = SocketAddrUnix::new(path).map_err(failed("read address"))?;
@@ -138,7 +139,8 @@ impl SideSocket {
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut parts = [std::io::IoSliceMut::new(&mut self.buffer)];
         let socket = &self.socket;
-        let received = retry_interrupted(|| rustix::net::recvmsg(socket, &mut parts, &mut ancillary, flags | RecvFlags::CMSG_CLOEXEC)).map_err(failed)?;
+        let received = retry_interrupted(|| rustix::net::recvmsg(socket, &mut parts, &mut ancillary, flags | RecvFlags::CMSG_CLOEXEC))
+            .map_err(failed)?;
         let mut descriptors = Vec::new();
         for message in ancillary.drain() {
             if let RecvAncillaryMessage::ScmRights(rights) = message {

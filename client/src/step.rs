@@ -130,7 +130,13 @@ pub(crate) fn layer_of(shape: &ModelShape, layer: usize) -> Result<&LayerShape, 
 }
 
 /// Query tokens of a step over `lanes` lanes of its layer; checks every length of it.
-pub(crate) fn check_step(layer: &LayerShape, lanes: usize, row_bytes: usize, step: &Step<'_>, out: &StepOut<'_>) -> Result<usize, ClientError> {
+pub(crate) fn check_step(
+    layer: &LayerShape,
+    lanes: usize,
+    row_bytes: usize,
+    step: &Step<'_>,
+    out: &StepOut<'_>,
+) -> Result<usize, ClientError> {
     let heads = lanes * layer.heads().group();
     let query_values = heads * usize::from(layer.head_dim);
     let queries = step.queries.len() / query_values;

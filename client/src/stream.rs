@@ -97,12 +97,24 @@ impl StreamWay {
         self.exchange(core, &Message { layer, answer: v1::Answer::None, report: false, step }).map(|_| ())
     }
 
-    pub(crate) fn step(&mut self, core: &mut Core, step: &Step<'_>, positions: &Range<usize>, out: &mut StepOut<'_>) -> Result<(), ClientError> {
+    pub(crate) fn step(
+        &mut self,
+        core: &mut Core,
+        step: &Step<'_>,
+        positions: &Range<usize>,
+        out: &mut StepOut<'_>,
+    ) -> Result<(), ClientError> {
         let result = self.exchange(core, &message(core, step, positions, out.report.is_some())?)?;
         read_result(&result, out)
     }
 
-    pub(crate) fn rows(&mut self, core: &mut Core, layer: usize, position: usize, query: &[f32]) -> Result<Vec<LaneSelection>, ClientError> {
+    pub(crate) fn rows(
+        &mut self,
+        core: &mut Core,
+        layer: usize,
+        position: usize,
+        query: &[f32],
+    ) -> Result<Vec<LaneSelection>, ClientError> {
         let step = sequence_step(core, layer, &(position..position + 1), f32_bytes(query).into(), None)?;
         let result = self.exchange(core, &Message { layer, answer: v1::Answer::Rows, report: false, step })?;
         Ok(result.rows.into_iter().map(|lane| LaneSelection { positions: lane.positions, rows: lane.rows.to_vec() }).collect())

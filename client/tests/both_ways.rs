@@ -91,7 +91,8 @@ fn dense_and_k_of_everything_agree_with_the_oracle() {
     let model = register(&client, "oracle", &shape);
     let ids = token_ids(2, 700);
     let paths = path_hashes(&ids);
-    let everything = Settings { budget: Budget::Ratio { numerator: 1, denominator: 1, floor_tokens: 0, cap_tokens: 0 }, ..sparse_settings() };
+    let everything =
+        Settings { budget: Budget::Ratio { numerator: 1, denominator: 1, floor_tokens: 0, cap_tokens: 0 }, ..sparse_settings() };
     let mut made = calibrated(&client, &model, Attach::Stream, &ids);
     for attach in [Attach::Stream, DIRECT] {
         let mut session = client.open(&model, &ids, &options(attach, everything)).expect("open");

@@ -204,7 +204,8 @@ fn nothing_leaked(daemon: &Daemon, client: &Client, before: &sluice_client::Stat
     let held = (now.sequences_held, now.sequences_parked, now.chunks_held, now.open_slot_bytes, now.limbo_slots);
     assert_eq!(held, (0, 0, 0, 0, 0), "held, parked, chunks held, open slot bytes, limbo slots");
     assert!(now.open_descriptors <= before.open_descriptors, "{} before, now {:#?}", before.open_descriptors, daemon.descriptors());
-    let left: Vec<String> = daemon.arena_files().into_iter().filter(|name| name.starts_with("open-") || name.starts_with("board-")).collect();
+    let left: Vec<String> =
+        daemon.arena_files().into_iter().filter(|name| name.starts_with("open-") || name.starts_with("board-")).collect();
     assert!(left.is_empty(), "files left behind: {left:?}");
     assert!(now.arena_used_bytes <= now.arena_capacity_bytes);
 }

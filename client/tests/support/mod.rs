@@ -1,5 +1,5 @@
 //! What the cross-process tests share.
-#![expect(dead_code, reason = "every test file uses a part of it")]
+#![expect(dead_code, unreachable_pub, reason = "every test file uses a part of it")]
 
 pub mod daemon;
 pub mod oracle;
