@@ -124,17 +124,17 @@ impl Generator {
     }
 
     /// The query of the token at `position`, `[query_head][channel]`. The heads of a lane look for the cluster of one earlier token;
-    /// every other head has a target of its own.
+    /// every other head has a target of its own. Variants are other queries at the same place.
     #[must_use]
-    pub fn query(&self, layer: usize, position: usize) -> Vec<f32> {
+    pub fn query(&self, layer: usize, position: usize, variant: u64) -> Vec<f32> {
         let Layer { shape, lanes } = &self.layers[layer];
         let heads = shape.heads();
         let channels = usize::from(shape.head_dim);
         let mut query = vec![0.0; heads.query_heads() * channels];
         for (lane, model) in lanes.iter().enumerate() {
-            let shared = Random::new(&[self.seed, 4, layer as u64, lane as u64, position as u64]).below(position.max(1));
+            let shared = Random::new(&[self.seed, 4, layer as u64, lane as u64, position as u64, variant]).below(position.max(1));
             for head in heads.heads_of(lane) {
-                let mut random = Random::new(&[self.seed, 5, layer as u64, head as u64, position as u64]);
+                let mut random = Random::new(&[self.seed, 5, layer as u64, head as u64, position as u64, variant]);
                 let own = random.below(position.max(1));
                 let target = if head % 2 == 0 { shared } else { own };
                 let cluster = self.cluster(layer, lane, target);
@@ -220,7 +220,6 @@ fn skewed(bits: u64) -> usize {
 
 /// Rounds to the row type, little-endian.
 fn encode(row_type: RowType, values: &[f32], out: &mut [u8]) {
-    // Large enough for the widest key, and for pieces of anything longer.
     const PIECE: usize = 256;
     match row_type {
         RowType::F32 => out.copy_from_slice(bytemuck::cast_slice(values)),
@@ -241,17 +240,23 @@ fn encode(row_type: RowType, values: &[f32], out: &mut [u8]) {
     }
 }
 
+/// Reads stored numbers back.
 fn decode(row_type: RowType, bytes: &[u8], out: &mut [f32]) {
+    const PIECE: usize = 256;
     match row_type {
         RowType::F32 => bytemuck::cast_slice_mut(out).copy_from_slice(bytes),
         RowType::F16 => {
-            for (value, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *value = f16::from_le_bytes(*bytes).to_f32();
+            let mut stored = [f16::ZERO; PIECE];
+            for (out, bytes) in out.chunks_mut(PIECE).zip(bytes.chunks(2 * PIECE)) {
+                bytemuck::cast_slice_mut(&mut stored[..out.len()]).copy_from_slice(bytes);
+                stored[..out.len()].convert_to_f32_slice(out);
             }
         }
         RowType::Bf16 => {
-            for (value, bytes) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *value = bf16::from_le_bytes(*bytes).to_f32();
+            let mut stored = [bf16::ZERO; PIECE];
+            for (out, bytes) in out.chunks_mut(PIECE).zip(bytes.chunks(2 * PIECE)) {
+                bytemuck::cast_slice_mut(&mut stored[..out.len()]).copy_from_slice(bytes);
+                stored[..out.len()].convert_to_f32_slice(out);
             }
         }
     }
@@ -328,8 +333,9 @@ mod tests {
         Generator::new(&shape, 8).fill_rows(1, 500..530, &mut other);
         assert_ne!(part, other);
         assert_eq!(one.token_ids(0..64)[32..], two.token_ids(32..64));
-        assert_eq!(one.query(0, 599), two.query(0, 599));
-        assert_ne!(one.query(0, 599), one.query(0, 598));
+        assert_eq!(one.query(0, 599, 0), two.query(0, 599, 0));
+        assert_ne!(one.query(0, 599, 0), one.query(0, 598, 0));
+        assert_ne!(one.query(0, 599, 0), one.query(0, 599, 1));
     }
 
     #[test]
@@ -367,7 +373,7 @@ mod tests {
         generator.fill_keys(1, 0, 0..length, &mut keys);
         let mut kept = Vec::new();
         for position in length..length + 40 {
-            let query = &generator.query(1, position)[..128];
+            let query = &generator.query(1, position, 0)[..128];
             let mut weights: Vec<f64> = keys
                 .chunks(128)
                 .map(|key| (f64::from(key.iter().zip(query).map(|(k, q)| k * q).sum::<f32>()) / 128_f64.sqrt()).exp())

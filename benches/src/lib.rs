@@ -1,5 +1,6 @@
 //! Workloads of Sluice: what they measure lives here, the binary only reads flags and calls it.
 
+pub mod daemon;
 pub mod floors;
 #[cfg(feature = "model")]
 pub mod generate;
@@ -8,4 +9,5 @@ pub mod generator;
 pub mod model;
 pub mod report;
 pub mod statistics;
+pub mod stress;
 pub mod units;

@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use sluice_bench::stress;
 
 #[derive(Parser)]
 #[command(name = "sluice-bench", version, about)]
@@ -12,6 +13,11 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Fill a long sequence through a daemon, decode it dense and sparse, and compare with what the memory allows.
+    Stress(stress::StressOptions),
+    /// Be the worker of a stress run: orders and results are JSON lines on standard input and output.
+    #[command(hide = true)]
+    StressWorker,
     /// Continue a prompt with a real model.
     #[cfg(feature = "model")]
     Generate(sluice_bench::generate::GenerateArguments),
@@ -19,6 +25,8 @@ enum Command {
 
 fn main() -> Result<()> {
     match Arguments::parse().command {
+        Command::Stress(options) => stress::run(&options),
+        Command::StressWorker => stress::worker::run(),
         #[cfg(feature = "model")]
         Command::Generate(arguments) => sluice_bench::generate::run(&arguments),
     }
