@@ -15,6 +15,7 @@ pub mod hot;
 pub mod label;
 pub mod layout;
 pub mod probe;
+pub mod recording;
 pub mod rows;
 pub mod select;
 pub mod sequence;

@@ -1,7 +1,7 @@
 //! The command line: one file per command.
 
+mod calibrate;
 mod config;
-mod logging;
 mod options;
 mod status;
 
@@ -23,6 +23,8 @@ struct Arguments {
 enum Command {
     /// Show what a running daemon holds: sequences, chunks, bytes, hits.
     Status(status::StatusArguments),
+    /// Make a calibration file from recorded queries and keys.
+    Calibrate(calibrate::CalibrateArguments),
     /// Print the effective configuration: defaults < file < environment < flags.
     Config(config::ConfigArguments),
 }
@@ -41,6 +43,7 @@ pub enum Format {
 pub fn run() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::Status(arguments) => status::run(&arguments),
+        Command::Calibrate(arguments) => calibrate::run(&arguments),
         Command::Config(arguments) => config::run(&arguments),
     };
     match result {
