@@ -138,8 +138,8 @@ impl DirectWay {
             self.store(run, step.layer, positions, rows)?;
         }
         let attended = match self.attend(step, out) {
-            Err(StepError::Sequence(SequenceError::SegmentMissing { .. })) => {
-                self.sync_all(core).and_then(|()| Ok(self.attend(step, out)?))
+            Err(StepError::Sequence(SequenceError::SegmentMissing { segment })) => {
+                self.fetch(core, segment).and_then(|()| self.sync_all(core)).and_then(|()| Ok(self.attend(step, out)?))
             }
             other => other.map_err(ClientError::from),
         };
@@ -219,17 +219,25 @@ impl DirectWay {
             if begin.elapsed() > limit {
                 return Err(ClientError::Deadline { call: "segments", limit });
             }
-            if self.side.is_none() {
-                self.reattach_at = Instant::now();
-                self.side = Some(self.open_again(core)?);
+            self.fetch(core, segment)?;
+        }
+    }
+
+    /// Maps one segment, waiting for it. A lost side socket is opened again first.
+    fn fetch(&mut self, core: &Core, segment: u32) -> Result<(), ClientError> {
+        let mut side = match self.side.take() {
+            Some(side) => side,
+            None => self.open_again(core)?,
+        };
+        let reply = side.segment(segment);
+        match reply {
+            Ok(reply) => {
+                self.side = Some(side);
+                self.add_segment(core, reply)
             }
-            let Some(side) = self.side.as_mut() else { continue };
-            match side.segment(segment) {
-                Ok(reply) => self.add_segment(core, reply)?,
-                Err(error) => {
-                    self.lose_side(&error);
-                    return Err(error);
-                }
+            Err(error) => {
+                self.lose_side(&error);
+                Err(error)
             }
         }
     }

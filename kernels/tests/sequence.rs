@@ -6,6 +6,7 @@ use sluice_kernels::budget::{Budget, Settings};
 use sluice_kernels::decoder::{Attend, Decoder, StepError, StepRequest};
 use sluice_kernels::device::{DeviceKind, open};
 use sluice_kernels::sequence::{Sequence, SequenceError};
+use sluice_kernels::slot::SlotClass;
 use support::{TestDaemon, calibration, rows, shape, value};
 
 const SPARSE: Settings =
@@ -250,4 +251,28 @@ fn hot_rows_never_change_a_result() {
         assert!(counts.hits > 0 && counts.misses > 0, "{counts:?}");
         assert!(sequence.hot_counts(1).is_none(), "window layers have none");
     }
+}
+
+#[test]
+fn window_rows_that_were_taken_away_are_refused_even_by_an_old_holder() {
+    let mut decoder = Decoder::new(open(DeviceKind::Cpu, 1).expect("device"));
+    let mut daemon = TestDaemon::new(shape(), None, 16);
+    let mut sequence = daemon.attach(SPARSE, None, 0);
+    append(&mut sequence, 0..1500);
+    daemon.seal();
+    daemon.refresh(&mut sequence);
+    let before = step(&mut decoder, &mut sequence, 1, 700, Attend::Dense);
+    let slot = daemon.board.slot(SlotClass::Window, 1).expect("the window slot of chunk 1");
+    daemon.board.set_slot(SlotClass::Window, 1, None);
+    let queries = vec![0.5; 128];
+    let (mut output, mut lse) = (vec![0.0; 128], vec![0.0; 2]);
+    let attend = Attend::Dense;
+    let mut request =
+        StepRequest { sequence: &mut sequence, first_position: 700, queries: &queries, attend, output: &mut output, lse: &mut lse };
+    let refused = decoder.step_one(1, &mut request).expect_err("the window of token 700 reaches into chunk 1");
+    assert!(matches!(refused, StepError::Sequence(SequenceError::WindowGone { layer: 1, chunk: 1 })), "{refused}");
+    // Later tokens do not need it, and a daemon that has the rows again may give them back.
+    step(&mut decoder, &mut sequence, 1, 1400, Attend::Dense);
+    daemon.board.set_slot(SlotClass::Window, 1, Some(slot));
+    assert_eq!(step(&mut decoder, &mut sequence, 1, 700, Attend::Dense), before);
 }

@@ -518,7 +518,7 @@ impl Sequence {
         pages.resize(chunks.start, &[]);
         for chunk in chunks {
             let page = if chunk < self.path.len() {
-                self.path.page(layer, class, plane, chunk)?
+                self.path.page(&self.board, layer, plane, class, chunk)?
             } else {
                 self.open.page(class, plane, self.open.layout().slot_of(chunk))
             };

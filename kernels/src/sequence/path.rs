@@ -11,7 +11,6 @@ use crate::slot::{SlotClass, SlotId};
 #[derive(Clone, Copy, Debug)]
 struct Place {
     selected: Option<SlotId>,
-    window: Option<SlotId>,
 }
 
 #[derive(Debug, Default)]
@@ -78,8 +77,9 @@ impl Path {
     fn take_up_rows(&mut self, board: &Board, sealed: usize, missing: &mut Vec<u32>) {
         let mut whole = true;
         for chunk in self.places.len()..sealed {
-            let place = Place { selected: board.slot(SlotClass::Selected, chunk), window: board.slot(SlotClass::Window, chunk) };
-            let unmapped = [place.selected, place.window].into_iter().flatten().filter(|slot| self.rows(slot.segment).is_none());
+            let place = Place { selected: board.slot(SlotClass::Selected, chunk) };
+            let slots = [place.selected, board.slot(SlotClass::Window, chunk)];
+            let unmapped = slots.into_iter().flatten().filter(|slot| self.rows(slot.segment).is_none());
             let before = missing.len();
             missing.extend(unmapped.map(|slot| slot.segment));
             whole &= missing.len() == before;
@@ -114,16 +114,15 @@ impl Path {
         self.segments.get(segment as usize)?.labels.as_ref()
     }
 
-    /// The page of a chunk, all lanes.
+    /// The page of a chunk, all lanes. A chunk's selected slot is its own for as long as the sequence holds it; its window slot can be taken
+    /// away at any time, so the board is asked within the step.
     #[inline]
-    pub(super) fn page(&self, layer: usize, class: SlotClass, plane: &Plane, chunk: usize) -> Result<&[u8], SequenceError> {
-        let gone = SequenceError::WindowGone { layer, chunk };
-        let place = self.places.get(chunk).ok_or(SequenceError::SegmentMissing { segment: u32::MAX })?;
+    pub(super) fn page(&self, board: &Board, layer: usize, plane: &Plane, class: SlotClass, chunk: usize) -> Result<&[u8], SequenceError> {
         let slot = match class {
-            SlotClass::Selected => place.selected,
-            SlotClass::Window => place.window,
+            SlotClass::Selected => self.places.get(chunk).and_then(|place| place.selected),
+            SlotClass::Window => board.slot(SlotClass::Window, chunk),
         };
-        let slot = slot.ok_or(gone)?;
+        let slot = slot.ok_or(SequenceError::WindowGone { layer, chunk })?;
         let rows = self.rows(slot.segment).ok_or(SequenceError::SegmentMissing { segment: slot.segment })?;
         Ok(rows.page(plane, slot.index))
     }

@@ -12,7 +12,8 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::fence;
 
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -203,6 +204,9 @@ impl OpenSlots {
     pub fn start_step(&self) {
         let word = self.mapping.word(WORD_STARTED + self.writer);
         word.store(word.load(Relaxed) + 1, Release);
+        // The daemon clears a table word and then reads the started word; this side stores it and then reads the table. Without the fence
+        // both could miss the other, and a slot in use would be given away.
+        fence(SeqCst);
     }
 
     /// Marks the end of the step begun last.
