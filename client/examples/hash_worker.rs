@@ -21,7 +21,7 @@ use sluice_kernels::budget::Settings;
 use sluice_kernels::shape::RowType;
 use support::daemon::quick;
 use support::rows::{path_hashes, token_ids};
-use support::{DIRECT, bits, decode, fill, hybrid_shape, options, register, verify_rows};
+use support::{DIRECT, bits, decode, hybrid_shape, options, register, try_fill, verify_rows};
 use xxhash_rust::xxh3::xxh3_64;
 
 struct Arguments {
@@ -106,8 +106,7 @@ fn advance(session: &mut Session, arguments: &Arguments, ids: &[u32], paths: &[u
     if session.length() < arguments.prompt {
         // In pieces, so that kills meet half-filled runs as well.
         let end = arguments.prompt.min(session.length() + 100);
-        fill(session, &ids[..end]);
-        return Ok(());
+        return try_fill(session, &ids[..end]);
     }
     let position = session.length();
     let outputs = decode(session, ids, paths, AttendMode::Sparse)?;

@@ -129,7 +129,11 @@ impl Client {
     /// It is unknown, held by a live worker, or of another model.
     pub fn resume(&self, model: &Model, sequence_id: u64, options: &OpenOptions) -> Result<Session, ClientError> {
         let request = v1::OpenRequest { resume_sequence_id: sequence_id, ..open_request(model, options) };
-        self.open_with(model, options, request)
+        let mut session = self.open_with(model, options, request)?;
+        if let Way::Stream(way) = &mut session.way {
+            way.measure(&session.core)?;
+        }
+        Ok(session)
     }
 
     fn open_with(&self, model: &Model, options: &OpenOptions, request: v1::OpenRequest) -> Result<Session, ClientError> {

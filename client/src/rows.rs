@@ -1,5 +1,7 @@
 //! Rows as they travel: `[lane][token][row]`, a row being key then value in the model's row type, little-endian.
 
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 use sluice_kernels::shape::{LayerShape, RowType};
 
 /// Encodes keys and values into rows. `keys` and `values` are `[token][lane][head_dim]`; `rows` is replaced by `[lane][token][row bytes]`.
@@ -22,17 +24,29 @@ pub fn encode_rows(layer: &LayerShape, row_type: RowType, keys: &[f32], values: 
     }
 }
 
+/// Appends values in the row type. Rows are little-endian, as every machine that Sluice serves.
 fn encode(row_type: RowType, values: &[f32], bytes: &mut Vec<u8>) {
-    match row_type {
-        RowType::F32 => values.iter().for_each(|value| bytes.extend_from_slice(&value.to_le_bytes())),
-        RowType::F16 => values.iter().for_each(|&value| bytes.extend_from_slice(&half::f16::from_f32(value).to_le_bytes())),
-        RowType::Bf16 => values.iter().for_each(|&value| bytes.extend_from_slice(&half::bf16::from_f32(value).to_le_bytes())),
+    const PART: usize = 64;
+    for part in values.chunks(PART) {
+        match row_type {
+            RowType::F32 => bytes.extend_from_slice(bytemuck::cast_slice(part)),
+            RowType::F16 => {
+                let mut halves = [f16::ZERO; PART];
+                halves[..part.len()].convert_from_f32_slice(part);
+                bytes.extend_from_slice(bytemuck::cast_slice(&halves[..part.len()]));
+            }
+            RowType::Bf16 => {
+                let mut halves = [bf16::ZERO; PART];
+                halves[..part.len()].convert_from_f32_slice(part);
+                bytes.extend_from_slice(bytemuck::cast_slice(&halves[..part.len()]));
+            }
+        }
     }
 }
 
 /// f32 values as little-endian bytes.
 pub(crate) fn f32_bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+    bytemuck::cast_slice(values).to_vec()
 }
 
 /// Little-endian bytes into f32 values of the same count.

@@ -35,9 +35,15 @@ pub(crate) struct Message {
 
 impl StreamWay {
     pub(crate) fn new(core: &Core, tokens_until_full: u64) -> Self {
-        // At the open everything matched is sealed but the part of a chunk; after a resume the daemon is asked at the first full slot.
+        // After an open or a fork everything matched is sealed but the part of a chunk.
         let fit_until = core.committed + tokens_until_full as usize;
         Self { slots_tokens: fit_until - core.committed / CHUNK_TOKENS * CHUNK_TOKENS, fit_until, unsure: false }
+    }
+
+    /// After a resume more may be unsealed: the daemon says how much.
+    pub(crate) fn measure(&mut self, core: &Core) -> Result<(), ClientError> {
+        self.slots_tokens = self.fit_until.saturating_sub(held(core)?.sealed_tokens as usize);
+        Ok(())
     }
 
     pub(crate) fn slots_tokens(&self) -> usize {

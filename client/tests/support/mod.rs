@@ -5,7 +5,9 @@ pub mod daemon;
 pub mod oracle;
 pub mod rows;
 
-use sluice_client::{Attach, AttendMode, Client, Model, ModelRegistration, OpenOptions, RotaryLayout, RowsWanted, Session, Step, StepOut};
+use sluice_client::{
+    Attach, AttendMode, Client, ClientError, Model, ModelRegistration, OpenOptions, RotaryLayout, RowsWanted, Session, Step, StepOut,
+};
 use sluice_kernels::budget::{Budget, Settings};
 use sluice_kernels::device::DeviceKind;
 use sluice_kernels::shape::{ModelShape, RowType};
@@ -46,11 +48,16 @@ pub fn options(attach: Attach, settings: Settings) -> OpenOptions {
 
 /// Appends the hashed rows of `ids[session.length()..]`.
 pub fn fill(session: &mut Session, ids: &[u32]) {
+    try_fill(session, ids).expect("prefill");
+}
+
+/// As [`fill`], where the daemon may be killed meanwhile.
+pub fn try_fill(session: &mut Session, ids: &[u32]) -> Result<(), ClientError> {
     let paths = rows::path_hashes(ids);
     let shape = session.shape().clone();
     let rest = &ids[session.length()..];
     let wanted = |want: RowsWanted, rows: &mut [u8]| rows.copy_from_slice(&rows_of(&paths[want.positions], want.layer, &shape));
-    session.prefill(rest, wanted).expect("prefill");
+    session.prefill(rest, wanted)
 }
 
 /// One layer's output and log-sum-exp of the query of `position`, over rows that are stored.
@@ -65,7 +72,7 @@ pub fn ask(session: &mut Session, position: usize, layer: usize, attend: AttendM
 }
 
 /// Decodes the token after `ids[..session.length()]`: its rows are stored, its queries attended; all layers' outputs, one after the other.
-pub fn decode(session: &mut Session, ids: &[u32], paths: &[u64], attend: AttendMode) -> Result<Vec<f32>, sluice_client::ClientError> {
+pub fn decode(session: &mut Session, ids: &[u32], paths: &[u64], attend: AttendMode) -> Result<Vec<f32>, ClientError> {
     let position = session.length();
     let shape = session.shape().clone();
     session.begin(&ids[position..position + 1])?;
