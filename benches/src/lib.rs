@@ -1,5 +1,6 @@
 //! Workloads of Sluice: what they measure lives here, the binary only reads flags and calls it.
 
+pub mod context;
 pub mod daemon;
 pub mod floors;
 #[cfg(feature = "model")]
@@ -11,3 +12,4 @@ pub mod report;
 pub mod statistics;
 pub mod stress;
 pub mod units;
+pub mod workload;

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, anyhow, ensure};
 use serde::{Deserialize, Serialize};
 
+use crate::context::FillOutcome;
 use crate::stress::options::StressOptions;
 use crate::stress::recall::Kept;
 use crate::units::Ratio;
@@ -42,30 +43,23 @@ pub enum Event {
 
 /// Everything that the worker measured.
 #[derive(Debug, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "stages of a run, each described by its type")]
 pub struct WorkerOutcome {
+    /// Filling all but the last piece.
     pub fill: FillOutcome,
+    /// The last piece.
     pub prefill: PrefillOutcome,
-    pub reopen: ReopenOutcome,
-    pub dense: Vec<DenseSample>,
-    pub sparse: Vec<RatioOutcome>,
-    pub fork_ms: f64,
-    pub close_ms: f64,
-}
-
-/// Filling the context without attention.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct FillOutcome {
-    /// Tokens appended.
-    pub tokens: usize,
-    /// Bytes of their rows.
-    pub bytes: u64,
-    /// Seconds from the first row to the last, generation (on another thread) and waits for open slots included.
-    pub seconds: f64,
-    /// Of these, seconds inside begin and append.
-    pub append_seconds: f64,
     /// Seconds from the last row until everything was sealed.
     pub seal_seconds: f64,
+    /// Opening a known prompt.
+    pub reopen: ReopenOutcome,
+    /// Dense steps.
+    pub dense: Vec<DenseSample>,
+    /// Sparse steps by ratio.
+    pub sparse: Vec<RatioOutcome>,
+    /// A fork in the middle of a chunk.
+    pub fork_ms: f64,
+    /// A close, mean of all.
+    pub close_ms: f64,
 }
 
 /// Dense attention of many queries over the whole context.

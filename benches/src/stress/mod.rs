@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use sluice_client::{Client, ClientConfig};
 
-use crate::daemon::{DaemonSpec, LocalDaemon, rss_anon_bytes};
+use crate::daemon::{LocalDaemon, rss_anon_bytes};
 use crate::report::Format;
 use messages::{Event, Order, WorkerOutcome, receive, send};
 use outcome::{DaemonOutcome, StressOutcome};
@@ -38,7 +38,7 @@ pub fn run(options: &StressOptions) -> Result<()> {
     options.check()?;
     let begin = Instant::now();
     eprintln!("start the daemon");
-    let daemon = LocalDaemon::start(&daemon_spec(options))?;
+    let daemon = LocalDaemon::start(&options.workload.daemon(options.sequences(), options.steps))?;
     let order = Order { options: options.clone(), socket: daemon.socket(), arena: daemon.arena().to_owned() };
     let (worker, rss_anon_peak_bytes) = with_memory_peak(daemon.pid(), || work(&order))?;
     let stats = Client::connect(path_text(&order.socket)?, ClientConfig::default())?.stats()?;
@@ -54,29 +54,14 @@ pub fn run(options: &StressOptions) -> Result<()> {
     daemon.stop()?;
     let total_seconds = begin.elapsed().as_secs_f64();
     let outcome = StressOutcome { options: options.clone(), worker, daemon: daemon_outcome, total_seconds };
-    if let Some(path) = &options.plot {
+    if let Some(path) = &options.workload.plot {
         outcome.plot().write_svg(path)?;
     }
-    match options.format {
+    match options.workload.format {
         Format::Table => println!("{}", outcome.table()?),
         Format::Json => println!("{}", serde_json::to_string(&outcome.json()?)?),
     }
     Ok(())
-}
-
-fn daemon_spec(options: &StressOptions) -> DaemonSpec {
-    let arena_bytes = options.arena_bytes();
-    let row_bytes = options.token_bytes() / u64::from(options.layers) / u64::from(options.kv_heads);
-    DaemonSpec {
-        binary: options.sluice_bin.clone(),
-        arena_parent: options.arena_parent.clone(),
-        arena_bytes,
-        label_bytes: arena_bytes / row_bytes * options.plan().label_bytes() as u64,
-        open_bytes: options.open_bytes(),
-        sequence_tokens: (options.context.0 + options.steps + 1024).max(1024) as u64,
-        device: options.device,
-        threads: options.threads(),
-    }
 }
 
 /// Runs `work` and samples the anonymous memory of a process meanwhile.

@@ -104,11 +104,11 @@ impl Sparse {
 
 impl StressOutcome {
     fn dense(&self) -> Result<Dense> {
-        Dense::of(&self.worker.dense, self.options.seed).ok_or_else(figures_missing)
+        Dense::of(&self.worker.dense, self.options.workload.seed).ok_or_else(figures_missing)
     }
 
     fn sparse(&self) -> Result<Vec<Sparse>> {
-        let all = self.worker.sparse.iter().map(|outcome| Sparse::of(outcome, self.options.seed).ok_or_else(figures_missing));
+        let all = self.worker.sparse.iter().map(|outcome| Sparse::of(outcome, self.options.workload.seed).ok_or_else(figures_missing));
         all.collect()
     }
 
@@ -129,12 +129,12 @@ impl StressOutcome {
     }
 
     fn shape_json(&self) -> Value {
-        let options = &self.options;
+        let (options, workload) = (&self.options, &self.options.workload);
         json!({
-            "generator": GENERATOR_NAME, "seed": options.seed, "context_tokens": options.context.0, "layers": options.layers,
-            "kv_heads": options.kv_heads, "query_heads": options.query_heads, "head_dim": options.head_dim, "row_type": options.row_type,
-            "label_plan": options.plan().to_string(), "label_bytes_per_row": options.plan().label_bytes(), "batch": options.batch,
-            "steps": options.steps, "attach": options.attach, "device": options.device, "threads": options.threads(),
+            "generator": GENERATOR_NAME, "seed": workload.seed, "context_tokens": workload.context.0, "layers": workload.layers,
+            "kv_heads": workload.kv_heads, "query_heads": workload.query_heads, "head_dim": workload.head_dim, "row_type": workload.row_type,
+            "label_plan": workload.plan().to_string(), "label_bytes_per_row": workload.plan().label_bytes(), "batch": options.batch,
+            "steps": options.steps, "attach": options.attach, "device": workload.device, "threads": workload.threads(),
             "total_seconds": self.total_seconds,
         })
     }
@@ -149,11 +149,11 @@ impl StressOutcome {
     }
 
     fn rates_json(&self) -> Result<Value> {
-        let WorkerOutcome { fill, prefill, reopen, fork_ms, close_ms, .. } = &self.worker;
+        let WorkerOutcome { fill, prefill, seal_seconds, reopen, fork_ms, close_ms, .. } = &self.worker;
         let open_ms = spread(&reopen.open_ms).ok_or_else(figures_missing)?;
         Ok(json!({
             "fill_tokens_per_s": fill.tokens as f64 / fill.seconds, "fill_gb_per_s": fill.bytes as f64 / fill.seconds / 1e9,
-            "append_gb_per_s": fill.bytes as f64 / fill.append_seconds / 1e9, "seal_wait_ms": fill.seal_seconds * 1e3,
+            "append_gb_per_s": fill.bytes as f64 / fill.append_seconds / 1e9, "seal_wait_ms": seal_seconds * 1e3,
             "prefill_tokens": prefill.tokens, "prefill_tokens_per_s": prefill.tokens as f64 / prefill.seconds,
             "prefill_gflop_per_s": self.prefill_flop() / prefill.seconds / 1e9,
             "second_open_tokens": reopen.tokens, "second_open_appended_tokens": reopen.appended_tokens,
@@ -163,7 +163,7 @@ impl StressOutcome {
 
     /// Multiplications and additions of q.k and of the weighted sum of values.
     fn prefill_flop(&self) -> f64 {
-        let options = &self.options;
+        let options = &self.options.workload;
         let per_row = 4.0 * f64::from(options.head_dim) * f64::from(options.query_heads) * f64::from(options.layers);
         per_row * self.worker.prefill.tokens as f64 * options.context.0 as f64
     }
@@ -202,24 +202,8 @@ impl StressOutcome {
     }
 
     fn title(&self) -> String {
-        let options = &self.options;
-        format!(
-            "{} tokens, {} layers, {} kv heads, {} query heads, d = {}, {:?} rows, labels {} ({} B), batch {}, {:?}, device {}, {} threads, seed {}; {:.0} s in all",
-            options.context,
-            options.layers,
-            options.kv_heads,
-            options.query_heads,
-            options.head_dim,
-            options.row_type,
-            options.plan(),
-            options.plan().label_bytes(),
-            options.batch,
-            options.attach,
-            options.device,
-            options.threads(),
-            options.seed,
-            self.total_seconds
-        )
+        let StressOptions { workload, batch, attach, .. } = &self.options;
+        format!("{}; batch {batch}, {attach:?}; {:.0} s in all", workload.title(), self.total_seconds)
     }
 
     fn memory_table(&self, dense: &Dense, sparse: &[Sparse]) -> Table {
@@ -236,7 +220,7 @@ impl StressOutcome {
     }
 
     fn rest_table(&self) -> Result<Table> {
-        let WorkerOutcome { fill, prefill, reopen, fork_ms, close_ms, .. } = &self.worker;
+        let WorkerOutcome { fill, prefill, seal_seconds, reopen, fork_ms, close_ms, .. } = &self.worker;
         let open = spread(&reopen.open_ms).ok_or_else(figures_missing)?;
         let mut table = Table::new(["what", "measured"]);
         let rate = |bytes: u64, seconds: f64| bytes as f64 / seconds / 1e9;
@@ -244,7 +228,7 @@ impl StressOutcome {
         let filled = format!("{:.0} tokens/s, {:.2} GB/s", fill.tokens as f64 / fill.seconds, rate(fill.bytes, fill.seconds));
         row("fill: generate, append and seal", filled);
         row("time inside append", format!("{:.2} GB/s", rate(fill.bytes, fill.append_seconds)));
-        row("last row until all sealed", format!("{:.0} ms", fill.seal_seconds * 1e3));
+        row("last row until all sealed", format!("{:.0} ms", seal_seconds * 1e3));
         let prefilled = prefill.tokens as f64 / prefill.seconds;
         let flop = self.prefill_flop() / prefill.seconds / 1e9;
         row("prefill of the last piece, dense", format!("{} tokens, {prefilled:.1} tokens/s, {flop:.0} GFLOP/s", prefill.tokens));
@@ -273,7 +257,10 @@ impl StressOutcome {
             lines.push(series(format!("{}: gather floor", outcome.ratio), &mut outcome.steps.iter().map(SparseSample::floor_ms)));
         }
         Plot {
-            title: format!("{} tokens, {} layers, {:?}: time of a step", self.options.context, self.options.layers, self.options.attach),
+            title: format!(
+                "{} tokens, {} layers, {:?}: time of a step",
+                self.options.workload.context, self.options.workload.layers, self.options.attach
+            ),
             x_label: "step".to_owned(),
             y_label: "milliseconds".to_owned(),
             series: lines,

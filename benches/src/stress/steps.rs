@@ -8,10 +8,11 @@ use sluice_client::{AttendMode, BatchStep, Session, Step, StepOut, StepReport};
 use sluice_kernels::budget::Settings;
 use sluice_kernels::slot::CHUNK_TOKENS;
 
+use crate::context::LongContext;
 use crate::floors::{ArenaView, GatherLists};
 use crate::stress::messages::{DenseSample, RatioOutcome, SparseSample};
 use crate::stress::recall::{Kept, RecallJob, kept};
-use crate::stress::worker::{Bench, progress};
+use crate::stress::worker::Bench;
 use crate::units::Ratio;
 
 /// Rows and queries of one layer.
@@ -23,18 +24,18 @@ pub(super) struct StepInput {
 
 impl StepInput {
     /// A run of tokens of one sequence.
-    pub(super) fn of_run(bench: &Bench, layer: usize, run: Range<usize>) -> Self {
-        let mut rows = vec![0; bench.generator.rows_bytes(layer, run.len())];
-        bench.generator.fill_rows(layer, run.clone(), &mut rows);
-        Self { rows, queries: vec![run.flat_map(|position| bench.generator.query(layer, position, 0)).collect()] }
+    pub(super) fn of_run(context: &LongContext, layer: usize, run: Range<usize>) -> Self {
+        let mut rows = vec![0; context.generator.rows_bytes(layer, run.len())];
+        context.generator.fill_rows(layer, run.clone(), &mut rows);
+        Self { rows, queries: vec![run.flat_map(|position| context.generator.query(layer, position, 0)).collect()] }
     }
 
     /// One token of every sequence of a batch.
     fn of_batch(bench: &Bench, layer: usize, position: usize) -> Self {
-        let mut rows = vec![0; bench.generator.rows_bytes(layer, 1)];
-        bench.generator.fill_rows(layer, position..position + 1, &mut rows);
-        let query = |sequence: usize| bench.generator.query(layer, position, sequence as u64);
-        Self { rows, queries: (0..bench.options().batch).map(query).collect() }
+        let mut rows = vec![0; bench.context.generator.rows_bytes(layer, 1)];
+        bench.context.generator.fill_rows(layer, position..position + 1, &mut rows);
+        let query = |sequence: usize| bench.context.generator.query(layer, position, sequence as u64);
+        Self { rows, queries: (0..bench.options.batch).map(query).collect() }
     }
 }
 
@@ -71,10 +72,10 @@ pub(super) fn answer(session: &mut Session, layer: usize, position: usize, query
 
 /// The context in the arena, mapped by this process too.
 pub(super) fn view(bench: &Bench, sequence_id: u64) -> Result<ArenaView> {
-    progress("map", 0, 1)?;
-    let (options, chunks) = (bench.options(), bench.ids.len() / CHUNK_TOKENS);
-    let view = ArenaView::open(&bench.order.arena, sequence_id, chunks, &options.shape(), &options.plan()).context("map the arena")?;
-    view.populate(options.threads());
+    (bench.context.progress)("map", 0, 1)?;
+    let (workload, chunks) = (&bench.options.workload, bench.context.ids.len() / CHUNK_TOKENS);
+    let view = ArenaView::open(&bench.arena, sequence_id, chunks, &workload.shape(), &workload.plan()).context("map the arena")?;
+    view.populate(workload.threads());
     Ok(view)
 }
 
@@ -96,12 +97,14 @@ struct SparseGroup {
 impl Groups {
     /// Opens all of them; nothing of the context is appended again.
     pub(super) fn open(bench: &Bench) -> Result<Self> {
-        let batch = |settings: Settings| (0..bench.options().batch).map(|_| open_known(bench, settings)).collect::<Result<Vec<_>>>();
+        let batch = |settings: Settings| {
+            (0..bench.options.batch).map(|_| bench.context.open_known(settings, bench.attach())).collect::<Result<Vec<_>>>()
+        };
         let dense = batch(Settings::dense())?;
-        let sparse = bench.options().ratio.iter().map(|&ratio| {
-            let settings = bench.options().settings(ratio);
-            let (rows, count) = (settings.horizon(bench.ids.len()), settings.selected_tokens(bench.ids.len()));
-            let lists = GatherLists::random(bench.model.shape(), rows, count, bench.options().seed);
+        let sparse = bench.options.workload.ratio.iter().map(|&ratio| {
+            let settings = bench.options.workload.settings(ratio);
+            let (rows, count) = (settings.horizon(bench.context.ids.len()), settings.selected_tokens(bench.context.ids.len()));
+            let lists = GatherLists::random(bench.context.model.shape(), rows, count, bench.options.workload.seed);
             Ok(SparseGroup { ratio, settings, sessions: batch(settings)?, lists, steps: Vec::new(), kept: Vec::new() })
         });
         Ok(Self { dense, sparse: sparse.collect::<Result<_>>()? })
@@ -109,15 +112,16 @@ impl Groups {
 
     /// Steps of all groups in turn, each beside the probe of what it reads.
     pub(super) fn measure(&mut self, bench: &Bench, view: &ArenaView) -> Result<(Vec<DenseSample>, Vec<RatioOutcome>)> {
-        let (options, context) = (bench.options(), bench.ids.len());
+        let (options, context) = (&bench.options, bench.context.ids.len());
+        let threads = options.workload.threads();
         self.warm_up(bench)?;
         let mut dense = Vec::with_capacity(options.steps);
         for index in 0..options.steps {
-            progress("decode", index, options.steps)?;
+            (bench.context.progress)("decode", index, options.steps)?;
             let position = context + index;
-            let input: Vec<StepInput> = (0..bench.layers()).map(|layer| StepInput::of_batch(bench, layer, position)).collect();
-            let token = bench.generator.token_ids(position..position + 1)[0];
-            let read_gb_per_s = view.read_rows(options.threads()).gb_per_s();
+            let input: Vec<StepInput> = (0..bench.context.layers()).map(|layer| StepInput::of_batch(bench, layer, position)).collect();
+            let token = bench.context.generator.token_ids(position..position + 1)[0];
+            let read_gb_per_s = view.read_rows(threads).gb_per_s();
             let (ms, report) = step(bench, &mut self.dense, token, position, &input, AttendMode::Dense)?;
             dense.push(DenseSample { ms, row_bytes: report.row_bytes, read_gb_per_s });
             for group in &mut self.sparse {
@@ -138,13 +142,13 @@ impl Groups {
 
     /// Touches every page and every buffer once: dense and sparse answers over stored rows of all sequences.
     fn warm_up(&mut self, bench: &Bench) -> Result<()> {
-        let position = bench.ids.len() - 1;
+        let position = bench.context.ids.len() - 1;
         let total = self.dense.len() + self.sparse.iter().map(|group| group.sessions.len()).sum::<usize>();
         let sessions = self.dense.iter_mut().chain(self.sparse.iter_mut().flat_map(|group| &mut group.sessions));
         for (index, session) in sessions.enumerate() {
-            progress("warm up", index, total)?;
-            for layer in 0..bench.layers() {
-                let query = bench.generator.query(layer, position, 1);
+            (bench.context.progress)("warm up", index, total)?;
+            for layer in 0..bench.context.layers() {
+                let query = bench.context.generator.query(layer, position, 1);
                 for attend in [AttendMode::Dense, AttendMode::Sparse] {
                     let mut answers = Answers::for_queries(session, layer, query.len());
                     let step = Step { layer, first_position: position, queries: &query, rows: None, attend };
@@ -168,7 +172,7 @@ impl Groups {
 
 impl SparseGroup {
     fn measure(&mut self, bench: &Bench, view: &ArenaView, token: u32, position: usize, input: &[StepInput]) -> Result<()> {
-        let threads = bench.options().threads();
+        let threads = bench.options.workload.threads();
         let gather_gb_per_s = view.gather(&self.lists, threads).gb_per_s();
         let label_read_gb_per_s = view.read_labels(threads).gb_per_s();
         let (ms, report) = step(bench, &mut self.sessions, token, position, input, AttendMode::Sparse)?;
@@ -188,24 +192,17 @@ impl SparseGroup {
 
     /// Compares the selection of the step just done, in one layer, with exact scores.
     fn compare(&mut self, bench: &Bench, position: usize, input: &[StepInput]) -> Result<()> {
-        let layer = self.kept.len() % bench.layers();
+        let layer = self.kept.len() % bench.context.layers();
         let (query, rows) = (&input[layer].queries[0], self.settings.horizon(position + 1));
         let lanes = self.sessions[0].rows(layer, position, query)?;
         let selected = lanes.iter().map(|lane| lane.positions.iter().map(|&at| at as u32).filter(|&at| (at as usize) < rows).collect());
         let selected: Vec<Vec<u32>> = selected.collect();
         let expected = self.settings.selected_tokens(position + 1);
         ensure!(selected.iter().all(|lane| lane.len() == expected), "layer {layer}: not {expected} rows selected in every lane");
-        let job = RecallJob { generator: &bench.generator, layer, shape: bench.model.shape().layers[layer], query, rows };
-        self.kept.push(kept(&job, &selected, bench.options().threads()));
+        let job = RecallJob { generator: &bench.context.generator, layer, shape: bench.context.model.shape().layers[layer], query, rows };
+        self.kept.push(kept(&job, &selected, bench.options.workload.threads()));
         Ok(())
     }
-}
-
-fn open_known(bench: &Bench, settings: Settings) -> Result<Session> {
-    let session = bench.open(&bench.ids, settings)?;
-    let (matched, context) = (session.matched_tokens(), bench.ids.len());
-    ensure!(matched == context, "{matched} of {context} sealed tokens are found again");
-    Ok(session)
 }
 
 /// One token of every sequence of a group in all layers: milliseconds, and what it cost.
@@ -233,7 +230,7 @@ fn step(
                 out: StepOut { output: &mut answers.output, log_sum_exp: &mut answers.log_sum_exp, report: Some(report) },
             })
             .collect();
-        for result in bench.client.step_batch(&mut batch) {
+        for result in bench.context.client.step_batch(&mut batch) {
             result.with_context(|| format!("layer {layer} at {position}"))?;
         }
     }
