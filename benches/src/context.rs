@@ -40,8 +40,10 @@ pub struct LongContext {
     pub workload: Workload,
     /// The daemon.
     pub client: Client,
-    /// The model there, with a calibration.
+    /// The model there.
     pub model: Model,
+    /// Its calibration.
+    pub calibration: Calibration,
     /// Source of rows and queries.
     pub generator: Generator,
     /// Token ids of the context.
@@ -70,7 +72,7 @@ impl LongContext {
         let calibration = calibrate(&workload, &generator)?;
         let model = client.register_model(&registration, Some(&calibration)).context("register the model")?;
         let ids = generator.token_ids(0..workload.context.0);
-        Ok(Self { workload, client, model, generator, ids, progress })
+        Ok(Self { workload, client, model, calibration, generator, ids, progress })
     }
 
     /// Layers of the model.

@@ -24,7 +24,8 @@ use crate::generator::Random;
 pub struct ArenaView {
     shape: ModelShape,
     layout: Arc<ClassLayout>,
-    segments: BTreeMap<u32, (Segment, LabelSegment)>,
+    segments: BTreeMap<u32, (Arc<Segment>, Arc<LabelSegment>)>,
+    label_set: u64,
     /// By chunk.
     slots: Vec<SlotId>,
 }
@@ -52,9 +53,10 @@ impl ArenaView {
             let count = u32::try_from(file.metadata()?.len() / layout.slot_bytes)?;
             let rows = Segment::map(segment, count, layout.clone(), &file, Access::ReadOnly)?;
             let file = open(format!("seg-{segment}.labels-{label_set}"))?;
-            segments.insert(segment, (rows, LabelSegment::map(label_set, count, labels.clone(), &file, Access::ReadOnly)?));
+            let labels = LabelSegment::map(label_set, count, labels.clone(), &file, Access::ReadOnly)?;
+            segments.insert(segment, (Arc::new(rows), Arc::new(labels)));
         }
-        Ok(Self { shape: shape.clone(), layout, segments, slots })
+        Ok(Self { shape: shape.clone(), layout, segments, label_set, slots })
     }
 
     /// Maps every page of every segment, so that no probe takes a page fault.
@@ -63,6 +65,23 @@ impl ArenaView {
             rows.populate(threads);
             labels.populate(threads);
         }
+    }
+
+    /// The mapped segments with their labels.
+    pub fn segments(&self) -> impl Iterator<Item = &(Arc<Segment>, Arc<LabelSegment>)> {
+        self.segments.values()
+    }
+
+    /// Places of the chunks.
+    #[must_use]
+    pub fn slots(&self) -> &[SlotId] {
+        &self.slots
+    }
+
+    /// The label set that is mapped.
+    #[must_use]
+    pub fn label_set(&self) -> u64 {
+        self.label_set
     }
 
     /// Tokens of the chunks.

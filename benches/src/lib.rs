@@ -1,5 +1,6 @@
 //! Workloads of Sluice: what they measure lives here, the binary only reads flags and calls it.
 
+pub mod attach;
 pub mod context;
 pub mod daemon;
 pub mod floors;

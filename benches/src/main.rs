@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use sluice_bench::stress;
+use sluice_bench::{attach, stress};
 
 #[derive(Parser)]
 #[command(name = "sluice-bench", version, about)]
@@ -15,6 +15,8 @@ struct Arguments {
 enum Command {
     /// Fill a long sequence through a daemon, decode it dense and sparse, and compare with what the memory allows.
     Stress(stress::StressOptions),
+    /// Time the same decode steps three ways: directly attached, with the decoder alone, and over gRPC.
+    Attach(attach::AttachOptions),
     /// Be the worker of a stress run: orders and results are JSON lines on standard input and output.
     #[command(hide = true)]
     StressWorker,
@@ -26,6 +28,7 @@ enum Command {
 fn main() -> Result<()> {
     match Arguments::parse().command {
         Command::Stress(options) => stress::run(&options),
+        Command::Attach(options) => attach::run(&options),
         Command::StressWorker => stress::worker::run(),
         #[cfg(feature = "model")]
         Command::Generate(arguments) => sluice_bench::generate::run(&arguments),

@@ -2,6 +2,8 @@
 
 use std::fmt;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use plotters::prelude::*;
@@ -14,6 +16,24 @@ pub enum Format {
     Table,
     /// One JSON object.
     Json,
+}
+
+/// Time between two lines of progress of the same stage.
+const PROGRESS_PAUSE: Duration = Duration::from_secs(1);
+
+/// Progress on standard error: a line for every stage, and one a second within a stage.
+pub fn show_progress(stage: &str, done: usize, total: usize) {
+    static SHOWN: Mutex<Option<(String, Instant)>> = Mutex::new(None);
+    let mut shown = SHOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if shown.as_ref().is_some_and(|(last, at)| last == stage && at.elapsed() < PROGRESS_PAUSE) {
+        return;
+    }
+    if total > 1 {
+        eprintln!("{stage}: {done} of {total}");
+    } else {
+        eprintln!("{stage}");
+    }
+    *shown = Some((stage.to_owned(), Instant::now()));
 }
 
 /// Rows of cells under a header, written as a Markdown table with aligned columns.

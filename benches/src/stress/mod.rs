@@ -19,7 +19,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use sluice_client::{Client, ClientConfig};
 
 use crate::daemon::{LocalDaemon, rss_anon_bytes};
-use crate::report::Format;
+use crate::report::{Format, show_progress};
 use messages::{Event, Order, WorkerOutcome, receive, send};
 use outcome::{DaemonOutcome, StressOutcome};
 
@@ -27,8 +27,6 @@ pub use options::StressOptions;
 
 /// Time between two looks at the daemon's memory.
 const MEMORY_POLL: Duration = Duration::from_millis(25);
-/// Time between two lines of progress of the same stage.
-const PROGRESS_PAUSE: Duration = Duration::from_secs(1);
 
 /// Carries out a stress run and writes its result to standard output.
 ///
@@ -102,36 +100,12 @@ fn work(order: &Order) -> Result<WorkerOutcome> {
     let mut orders = worker.0.stdin.take().ok_or_else(|| anyhow!("the worker has no input"))?;
     let mut events = BufReader::new(worker.0.stdout.take().ok_or_else(|| anyhow!("the worker has no output"))?);
     send(&mut orders, order)?;
-    let mut shown = Shown::default();
     loop {
         match receive(&mut events).context("worker")? {
-            Event::Progress { stage, done, total } => shown.show(&stage, done, total),
+            Event::Progress { stage, done, total } => show_progress(&stage, done, total),
             Event::Failed(text) => bail!("worker: {text}"),
             Event::Done(outcome) => return Ok(*outcome),
         }
-    }
-}
-
-/// Progress on standard error: a line for every stage, and one a second within a stage.
-#[derive(Default)]
-struct Shown {
-    stage: String,
-    last: Option<Instant>,
-}
-
-impl Shown {
-    fn show(&mut self, stage: &str, done: usize, total: usize) {
-        let paused = self.last.is_none_or(|last| last.elapsed() >= PROGRESS_PAUSE);
-        if stage == self.stage && !paused {
-            return;
-        }
-        if total > 1 {
-            eprintln!("{stage}: {done} of {total}");
-        } else {
-            eprintln!("{stage}");
-        }
-        stage.clone_into(&mut self.stage);
-        self.last = Some(Instant::now());
     }
 }
 
