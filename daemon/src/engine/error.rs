@@ -91,6 +91,9 @@ pub enum EngineError {
         /// Why it is refused.
         reason: &'static str,
     },
+    /// Known, but not built.
+    #[error("{0}")]
+    Unimplemented(String),
     /// The engine is shutting down, or has failed.
     #[error("engine: {0}")]
     Unavailable(&'static str),
@@ -115,6 +118,7 @@ impl EngineError {
             Self::Exists { .. } => Refusal::AlreadyExists,
             Self::Exhausted { .. } => Refusal::ResourceExhausted,
             Self::Permission { .. } => Refusal::PermissionDenied,
+            Self::Unimplemented(_) => Refusal::Unimplemented,
             Self::Unavailable(_) => Refusal::Unavailable,
             Self::Internal(_) => Refusal::Internal,
         }

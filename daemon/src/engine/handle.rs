@@ -6,6 +6,7 @@ use crossbeam::channel::{Sender, TrySendError};
 use sluice_kernels::label::Calibration;
 use tokio::sync::{oneshot, watch};
 
+use crate::decode::DecodeHandle;
 use crate::engine::command::{
     Attach, Attached, CalibrationInForce, Command, EngineStats, Fork, HolderFiles, HolderSegment, LeaseKey, Open, Opened, Peer,
     RegisterModel, Registered, Reply, SequenceInfo,
@@ -33,6 +34,23 @@ pub struct EngineHandle {
     pub(crate) boot_epoch: u64,
     pub(crate) counters: Arc<Counters>,
     pub(crate) config: Arc<EngineConfig>,
+    /// The decode thread; `None` in the handle that the daemon's own threads use.
+    pub(crate) decoder: Option<DecodeHandle>,
+    /// Stops the engine when the last handle outside the daemon's own threads is gone.
+    #[expect(dead_code, reason = "it is there to be dropped")]
+    pub(crate) keeper: Option<Arc<Keeper>>,
+}
+
+/// Stops the engine when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Keeper(pub(crate) Sender<Command>);
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        let (reply, _) = oneshot::channel();
+        // A full queue belongs to callers that are gone as well: waiting for room is short.
+        let _ = self.0.send_timeout(Command::Stop(reply), std::time::Duration::from_secs(1));
+    }
 }
 
 impl EngineHandle {
@@ -52,6 +70,14 @@ impl EngineHandle {
     #[must_use]
     pub fn config(&self) -> &Arc<EngineConfig> {
         &self.config
+    }
+
+    /// The decode thread, for Stream clients.
+    ///
+    /// # Errors
+    /// Asked on a handle of the daemon's own threads.
+    pub fn decoder(&self) -> Result<&DecodeHandle, EngineError> {
+        self.decoder.as_ref().ok_or(EngineError::Unavailable("has no decoder"))
     }
 
     /// Changes of the engine's state, for health.
@@ -175,6 +201,14 @@ impl EngineHandle {
     /// Stale lease, a segment that is not the sequence's model's.
     pub fn segment_blocking(&self, lease: LeaseKey, segment: u32) -> Result<HolderSegment, EngineError> {
         self.call_blocking(|reply| Command::Segment(lease, segment, reply))
+    }
+
+    /// As [`EngineHandle::truncate`]. Blocks.
+    ///
+    /// # Errors
+    /// As [`EngineHandle::truncate`].
+    pub fn truncate_blocking(&self, lease: LeaseKey, position: u64) -> Result<u64, EngineError> {
+        self.call_blocking(|reply| Command::Truncate(lease, position, reply))
     }
 
     /// Calibration in force for a sequence. Blocks.

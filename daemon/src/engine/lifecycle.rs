@@ -143,7 +143,8 @@ impl Engine {
         let sequence = self.leased_sound(key)?;
         let words = sequence.open.words()?;
         let highest = words.committed[..sequence.writer_count()].iter().copied().max().unwrap_or(0);
-        if highest > position {
+        let has_worker = sequence.record.direct || sequence.lease.as_ref().is_some_and(|lease| lease.streamed);
+        if highest > position && has_worker {
             let state = format!("{highest} tokens are committed, {position} are to stay");
             let needed = "lower the committed word before truncating";
             return Err(EngineError::State { what: "sequence", id: key.sequence, state, needed });

@@ -12,7 +12,7 @@ use crate::engine::command::{Command, RegisterModel, Registered, Reply};
 use crate::engine::config::{DecoderDevice, EngineConfig};
 use crate::engine::counters::Counters;
 use crate::engine::error::EngineError;
-use crate::engine::handle::{EngineHandle, EngineState};
+use crate::engine::handle::{EngineHandle, EngineState, Keeper};
 use crate::engine::state::{Engine, Outcome, Until};
 use crate::journal::JournalError;
 use crate::seal::{Job, JobResult, Worker, serve};
@@ -52,7 +52,11 @@ pub(super) fn start(config: EngineConfig, counters: Arc<Counters>) -> Result<Eng
     let boot_epoch = engine.boot_epoch;
     let run = move || supervise(engine, &command_receiver, &result_receiver, pool, &state_sender);
     spawn("sluice-engine", run)?;
-    Ok(EngineHandle { commands, state, boot_epoch, counters, config })
+    let inner = EngineHandle { commands, state, boot_epoch, counters, config, decoder: None, keeper: None };
+    let keeper = Some(Arc::new(Keeper(inner.commands.clone())));
+    let decoder = Some(crate::decode::start(inner.clone())?);
+    crate::attach::start(inner.clone())?;
+    Ok(EngineHandle { decoder, keeper, ..inner })
 }
 
 fn start_pool(
@@ -89,18 +93,16 @@ fn supervise(
 ) {
     let mut engine = engine;
     let ended = catch_unwind(AssertUnwindSafe(|| run(&mut engine, commands, results)));
-    let reply = match ended {
-        Ok(Ok(End::Stopped(reply))) => Some(reply),
-        Ok(Ok(End::Abandoned)) => None,
+    let (reply, end) = match ended {
+        Ok(Ok(End::Stopped(reply))) => (Some(reply), EngineState::Stopped),
+        Ok(Ok(End::Abandoned)) => (None, EngineState::Stopped),
         Ok(Err(fault)) => {
             tracing::error!(%fault, "the engine has failed");
-            let _ = state.send(EngineState::Poisoned);
-            return;
+            (None, EngineState::Poisoned)
         }
         Err(_) => {
             tracing::error!("the engine has panicked");
-            let _ = state.send(EngineState::Poisoned);
-            return;
+            (None, EngineState::Poisoned)
         }
     };
     // The pool ends when the engine has dropped its job channel; jobs under way only touch slots that the journal does not name.
@@ -108,7 +110,7 @@ fn supervise(
     for thread in pool {
         let _ = thread.join();
     }
-    let _ = state.send(EngineState::Stopped);
+    let _ = state.send(end);
     if let Some(reply) = reply {
         let _ = reply.send(Ok(()));
     }
