@@ -4,6 +4,12 @@
 //! that owns all state; its seal jobs run on a small pool, its decisions are journaled; `decode` hosts the decoder of Stream clients;
 //! `attach` hands descriptors to Direct clients.
 
+pub mod attach;
 pub mod cli;
 pub mod config;
+pub mod decode;
 pub mod engine;
+pub mod journal;
+pub mod seal;
+pub mod service;
+pub mod status;

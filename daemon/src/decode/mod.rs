@@ -1,0 +1,234 @@
+//! The decode thread: the daemon's own worker. It holds the sequences of Stream leases with the same types as a direct worker does.
+
+mod error;
+mod host;
+mod work;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
+use prost::bytes::Bytes;
+use sluice_kernels::decoder::{Decoder, LaneRows, StepReport};
+use tokio::sync::oneshot;
+
+use crate::engine::command::LeaseKey;
+use crate::engine::config::{DecoderDevice, EngineConfig};
+use crate::engine::{EngineError, EngineHandle, EngineState};
+
+pub use error::DecodeError;
+use host::Hosts;
+
+/// How often sequences of ended leases are let go of.
+const SWEEP: Duration = Duration::from_millis(250);
+
+/// What a step answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Output and log-sum-exp by the sequence's settings.
+    Sparse,
+    /// Output and log-sum-exp over all rows.
+    Dense,
+    /// Rows and positions of one query.
+    Rows,
+    /// Nothing.
+    Nothing,
+}
+
+/// One sequence's part of a Decode message.
+#[derive(Clone, Debug)]
+pub struct StepWork {
+    /// Lease.
+    pub lease: LeaseKey,
+    /// Layer.
+    pub layer: usize,
+    /// What to answer.
+    pub answer: Answer,
+    /// Position of the first token.
+    pub first_position: u64,
+    /// Tokens; `None`: as many as there are rows.
+    pub count: Option<usize>,
+    /// f32, `[query][query_head][head_dim]`.
+    pub queries: Bytes,
+    /// New rows, `[lane][token][row bytes]`; empty: none.
+    pub rows: Bytes,
+    /// Ids of the new rows' tokens, with layer 0.
+    pub token_ids: Vec<u32>,
+}
+
+/// What a step did.
+#[derive(Clone, Debug, Default)]
+pub struct StepDone {
+    /// f32, `[query][query_head][head_dim]`.
+    pub output: Vec<u8>,
+    /// f32, `[query][query_head]`.
+    pub log_sum_exp: Vec<u8>,
+    /// By lane.
+    pub rows: Vec<LaneRows>,
+    /// Costs.
+    pub report: StepReport,
+    /// Tokens committed after it.
+    pub committed: u64,
+}
+
+/// What the thread can be asked to do.
+pub(crate) enum Work {
+    Steps(Vec<StepWork>, oneshot::Sender<Vec<Result<StepDone, DecodeError>>>),
+    Truncate(LeaseKey, u64, oneshot::Sender<Result<u64, EngineError>>),
+}
+
+/// The way to the decode thread; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct DecodeHandle {
+    sender: Sender<Work>,
+    device: Arc<str>,
+}
+
+impl DecodeHandle {
+    /// Name of the decoder's device.
+    #[must_use]
+    pub fn device(&self) -> &str {
+        &self.device
+    }
+
+    /// Performs one layer of one step for a batch; each succeeds or is refused on its own.
+    ///
+    /// # Errors
+    /// A full queue, or an engine that is not available.
+    pub async fn steps(&self, batch: Vec<StepWork>) -> Result<Vec<Result<StepDone, DecodeError>>, EngineError> {
+        let (reply, answer) = oneshot::channel();
+        self.submit(Work::Steps(batch, reply))?;
+        answer.await.map_err(|_| stopped())
+    }
+
+    /// Truncates a sequence, whoever holds it.
+    ///
+    /// # Errors
+    /// As [`EngineHandle::truncate`], or a full queue.
+    pub async fn truncate(&self, lease: LeaseKey, position: u64) -> Result<u64, EngineError> {
+        let (reply, answer) = oneshot::channel();
+        self.submit(Work::Truncate(lease, position, reply))?;
+        answer.await.map_err(|_| stopped())?
+    }
+
+    fn submit(&self, work: Work) -> Result<(), EngineError> {
+        self.sender.try_send(work).map_err(|error| match error {
+            TrySendError::Full(_) => {
+                let fix = "retry later, or raise decode_queue";
+                EngineError::Exhausted { limit: "decode_queue", wanted: 1, available: 0, fix }
+            }
+            TrySendError::Disconnected(_) => stopped(),
+        })
+    }
+}
+
+fn stopped() -> EngineError {
+    EngineError::Unavailable("its decoder has stopped; restart the daemon")
+}
+
+/// Starts the decode thread.
+///
+/// # Errors
+/// The device cannot be opened.
+pub fn start(engine: EngineHandle) -> Result<DecodeHandle, EngineError> {
+    let config = Arc::clone(engine.config());
+    let device = open_device(&config)?;
+    let (sender, receiver) = bounded(config.decode_queue);
+    let name = Arc::from(device.name());
+    let mut thread = DecodeThread { decoder: Decoder::new(device), hosts: Hosts::new(engine.clone()), engine };
+    let spawned = std::thread::Builder::new().name("sluice-decode".to_owned()).spawn(move || thread.run(&receiver));
+    spawned.map_err(|error| EngineError::Internal(format!("start the decode thread: {error}")))?;
+    Ok(DecodeHandle { sender, device: name })
+}
+
+fn open_device(config: &EngineConfig) -> Result<Box<dyn sluice_kernels::device::Device>, EngineError> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let (kind, threads) = match config.device {
+        DecoderDevice::Reference => (sluice_kernels::device::DeviceKind::Reference, 1),
+        DecoderDevice::Cpu { threads: 0 } => (sluice_kernels::device::DeviceKind::Cpu, cores),
+        DecoderDevice::Cpu { threads } => (sluice_kernels::device::DeviceKind::Cpu, threads),
+    };
+    sluice_kernels::device::open(kind, threads).map_err(|error| EngineError::invalid("device", error, "devices of this build"))
+}
+
+/// State of the thread.
+struct DecodeThread {
+    engine: EngineHandle,
+    decoder: Decoder,
+    hosts: Hosts,
+}
+
+impl DecodeThread {
+    fn run(&mut self, work: &Receiver<Work>) {
+        let mut next_sweep = Instant::now() + SWEEP;
+        loop {
+            match work.recv_timeout(next_sweep.saturating_duration_since(Instant::now())) {
+                Ok(work) => self.perform(work),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if next_sweep <= Instant::now() {
+                next_sweep = Instant::now() + SWEEP;
+                self.hosts.sweep();
+                if *self.engine.state().borrow() != EngineState::Ready {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn perform(&mut self, work: Work) {
+        match work {
+            Work::Steps(batch, reply) => {
+                // Nobody waits for it any more (deadline, lost connection): nothing of it is stored.
+                if reply.is_closed() {
+                    return;
+                }
+                let results = batch.iter().map(|step| self.step(step)).collect();
+                let _ = reply.send(results);
+            }
+            Work::Truncate(lease, position, reply) => {
+                let _ = reply.send(self.truncate(lease, position));
+            }
+        }
+    }
+
+    fn step(&mut self, step: &StepWork) -> Result<StepDone, DecodeError> {
+        let begin = Instant::now();
+        let sequence = self.hosts.sequence(step.lease)?;
+        let done = work::perform(&mut self.decoder, sequence, step)?;
+        if step.answer != Answer::Nothing {
+            self.count(&done.report, begin.elapsed());
+        }
+        Ok(done)
+    }
+
+    fn count(&self, report: &StepReport, elapsed: Duration) {
+        let counters = self.engine.counters();
+        counters.step.observe(elapsed);
+        counters.step_score.observe(report.score);
+        counters.step_select.observe(report.select);
+        counters.step_gather.observe(report.gather);
+        counters.step_attend.observe(report.attend);
+        counters.selected_rows.add(report.selected_rows);
+        counters.hot_hits.add(report.hot_rows);
+        counters.hot_misses.add(report.selected_rows - report.hot_rows);
+        counters.row_bytes_read.add(report.row_bytes);
+        counters.label_bytes_read.add(report.label_bytes);
+    }
+
+    /// The holder of a Stream lease is this thread: it lowers the committed word first, as every holder must.
+    fn truncate(&mut self, lease: LeaseKey, position: u64) -> Result<u64, EngineError> {
+        let Some(sequence) = self.hosts.hosted(lease) else { return self.engine.truncate_blocking(lease, position) };
+        if let Err(error) = sequence.begin_truncate(position as usize) {
+            return Err(EngineError::Misfit(error.to_string()));
+        }
+        let result = self.engine.truncate_blocking(lease, position);
+        let Some(sequence) = self.hosts.hosted(lease) else { return result };
+        match result {
+            Ok(committed) => sequence.truncated(committed as usize),
+            Err(_) => sequence.abort_truncate(),
+        }
+        result
+    }
+}

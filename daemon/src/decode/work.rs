@@ -1,0 +1,137 @@
+//! One step of one sequence: everything is checked before anything is stored.
+
+use sluice_kernels::decoder::{Attend, Decoder, StepRequest};
+use sluice_kernels::rows::first_non_finite;
+use sluice_kernels::sequence::Sequence;
+use sluice_kernels::slot::CHUNK_TOKENS;
+
+use crate::decode::{Answer, DecodeError, StepDone, StepWork};
+
+/// Most query tokens of a step.
+const QUERIES_MAX: usize = 4096;
+
+/// Stores the new rows, attends, commits.
+pub(super) fn perform(decoder: &mut Decoder, sequence: &mut Sequence, step: &StepWork) -> Result<StepDone, DecodeError> {
+    let count = count_of(sequence, step)?;
+    let queries = check(sequence, step, count)?;
+    let first = step.first_position as usize;
+    if !step.rows.is_empty() {
+        sequence.append(step.layer, first, &step.rows)?;
+        if step.layer == 0 {
+            sequence.write_tokens(first, &step.token_ids)?;
+        }
+    }
+    let attended = attend(decoder, sequence, step, count, &queries);
+    // Committed after the step, which has marked how the rows came to be: the engine may seal from here on.
+    let committed = sequence.commit() as u64;
+    attended.map(|done| StepDone { committed, ..done })
+}
+
+fn attend(decoder: &mut Decoder, sequence: &mut Sequence, step: &StepWork, count: usize, queries: &[f32]) -> Result<StepDone, DecodeError> {
+    let first_position = step.first_position as usize;
+    let mode = match step.answer {
+        Answer::Nothing => return Ok(StepDone::default()),
+        Answer::Rows => {
+            let rows = decoder.rows(step.layer, sequence, first_position, queries)?;
+            return Ok(StepDone { rows, ..StepDone::default() });
+        }
+        Answer::Sparse => Attend::Sparse,
+        Answer::Dense => Attend::Dense,
+    };
+    let heads = sequence.part(step.layer).geometry.heads.query_heads();
+    let mut output = vec![0.0; queries.len()];
+    let mut lse = vec![0.0; count * heads];
+    let mut request = StepRequest { sequence, first_position, queries, attend: mode, output: &mut output, lse: &mut lse };
+    let report = decoder.step_one(step.layer, &mut request)?;
+    Ok(StepDone { output: le_bytes(&output), log_sum_exp: le_bytes(&lse), report, ..StepDone::default() })
+}
+
+/// Tokens of a step: as told, or as many as there are rows.
+fn count_of(sequence: &Sequence, step: &StepWork) -> Result<usize, DecodeError> {
+    sequence.check_layer(step.layer)?;
+    if let Some(count) = step.count {
+        let fits = (1..=QUERIES_MAX).contains(&count);
+        return if fits { Ok(count) } else { Err(DecodeError::invalid("query_count", count, format!("1 to {QUERIES_MAX}"))) };
+    }
+    let geometry = sequence.part(step.layer).geometry;
+    let unit = geometry.heads.lanes() * geometry.row_bytes();
+    if step.rows.is_empty() || !step.rows.len().is_multiple_of(unit) {
+        let bound = format!("positive multiples of {unit} bytes, the rows of a token in layer {}", step.layer);
+        return Err(DecodeError::invalid("rows", format!("{} bytes", step.rows.len()), bound));
+    }
+    Ok(step.rows.len() / unit)
+}
+
+/// Checks every field of a step of `count` tokens; answers with its queries.
+fn check(sequence: &Sequence, step: &StepWork, count: usize) -> Result<Vec<f32>, DecodeError> {
+    if step.answer == Answer::Rows && count != 1 {
+        return Err(DecodeError::invalid("query_count", count, "1 for ANSWER_ROWS"));
+    }
+    check_rows(sequence, step, count)?;
+    let queries = check_queries(sequence, step, count)?;
+    let end = step.first_position.saturating_add(count as u64);
+    let written = sequence.written(step.layer) as u64;
+    if step.rows.is_empty() && end > written {
+        return Err(DecodeError::invalid("first_position + query_count", end, format!("1 to {written}, the rows of layer {}", step.layer)));
+    }
+    Ok(queries)
+}
+
+fn check_rows(sequence: &Sequence, step: &StepWork, count: usize) -> Result<(), DecodeError> {
+    if step.rows.is_empty() {
+        let needless = step.answer != Answer::Nothing;
+        return if needless { Ok(()) } else { Err(DecodeError::invalid("rows", "0 bytes", "rows, with ANSWER_NONE")) };
+    }
+    let geometry = sequence.part(step.layer).geometry;
+    let expected = count * geometry.heads.lanes() * geometry.row_bytes();
+    if step.rows.len() != expected {
+        let bound = format!("{expected} bytes: {} tokens of layer {}", count, step.layer);
+        return Err(DecodeError::invalid("rows", format!("{} bytes", step.rows.len()), bound));
+    }
+    let next = sequence.written(step.layer) as u64;
+    if step.first_position != next {
+        return Err(DecodeError::invalid("first_position", step.first_position, format!("{next}, the next row of layer {}", step.layer)));
+    }
+    if step.layer == 0 && step.token_ids.len() != count {
+        return Err(DecodeError::invalid("token_ids", step.token_ids.len(), format!("{} ids with layer 0", count)));
+    }
+    check_room(sequence, next as usize + count)?;
+    if let Some(element) = first_non_finite(&step.rows, sequence.shape().row_type) {
+        return Err(DecodeError::invalid("rows", format!("element {element} is not finite"), "finite values"));
+    }
+    Ok(())
+}
+
+/// Full open slots pass; a run that is longer than they are does not.
+fn check_room(sequence: &Sequence, wanted: usize) -> Result<(), DecodeError> {
+    let slots = sequence.open().layout().slots as usize;
+    let most = (sequence.committed() / CHUNK_TOKENS + slots) * CHUNK_TOKENS;
+    sequence.check_place(wanted.min(most))?;
+    if wanted > most {
+        let bound = format!("runs up to token {most}: {slots} open slots of {CHUNK_TOKENS} tokens, {} committed", sequence.committed());
+        return Err(DecodeError::invalid("rows", format!("a run up to token {wanted}"), bound));
+    }
+    Ok(())
+}
+
+fn check_queries(sequence: &Sequence, step: &StepWork, count: usize) -> Result<Vec<f32>, DecodeError> {
+    if step.answer == Answer::Nothing {
+        return Ok(Vec::new());
+    }
+    let geometry = sequence.part(step.layer).geometry;
+    let values = count * geometry.heads.query_heads() * geometry.head_dim;
+    if step.queries.len() != values * 4 {
+        let bound = format!("{} bytes: {} queries of layer {}", values * 4, count, step.layer);
+        return Err(DecodeError::invalid("queries", format!("{} bytes", step.queries.len()), bound));
+    }
+    let queries: Vec<f32> =
+        step.queries.chunks_exact(4).map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])).collect();
+    match queries.iter().position(|value| !value.is_finite()) {
+        Some(index) => Err(DecodeError::invalid("queries", format!("value {index} is not finite"), "finite values")),
+        None => Ok(queries),
+    }
+}
+
+fn le_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
