@@ -43,7 +43,8 @@ struct Connection {
 /// The socket cannot be made.
 pub fn start(engine: EngineHandle) -> Result<(), EngineError> {
     let path = engine.config().side_socket.clone();
-    let listener = listen(&path).map_err(|error| EngineError::invalid("side_socket", format!("{}: {error}", path.display()), "paths that can be bound"))?;
+    let listener = listen(&path)
+        .map_err(|error| EngineError::invalid("side_socket", format!("{}: {error}", path.display()), "paths that can be bound"))?;
     let most = engine.config().side_connections_max;
     let mut server = SideServer { engine, listener, connections: HashMap::new(), most };
     let spawned = std::thread::Builder::new().name("sluice-side".to_owned()).spawn(move || {
@@ -143,7 +144,8 @@ fn hello_reply(engine: &EngineHandle, connection: &mut Connection, ticket: &[u8]
     let peer = rustix::net::sockopt::socket_peercred(&connection.socket);
     let peer = peer.map_err(|error| EngineError::Internal(format!("read the peer's credentials: {error}")))?;
     let peer = Peer::Local { pid: peer.pid.as_raw_nonzero().get(), uid: peer.uid.as_raw() };
-    let HolderFiles { lease, board, open, shape, open_slots, table_chunks, committed, writer, .. } = engine.redeem_blocking(ticket, peer)?;
+    let HolderFiles { lease, board, open, shape, open_slots, table_chunks, committed, writer, .. } =
+        engine.redeem_blocking(ticket, peer)?;
     connection.lease = Some(lease);
     let shape_json = serde_json::to_string(&*shape).map_err(|error| EngineError::Internal(error.to_string()))?;
     let boot_epoch = engine.boot_epoch();

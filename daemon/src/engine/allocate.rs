@@ -151,8 +151,7 @@ impl Engine {
         }
         let (label_set, layout) = (labels.id, Arc::clone(&labels.layout));
         let lacks = |segment: &&SegmentState| {
-            segment.record.class == SlotClass::Selected
-                && segment.labels.as_ref().is_none_or(|labels| labels.mapped.label_set != label_set)
+            segment.record.class == SlotClass::Selected && segment.labels.as_ref().is_none_or(|labels| labels.mapped.label_set != label_set)
         };
         let segments: Vec<(u32, u32)> =
             self.arena.of_model(model).filter(lacks).map(|segment| (segment.record.id, segment.record.slots)).collect();

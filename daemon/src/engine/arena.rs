@@ -146,9 +146,8 @@ impl Arena {
     /// Bytes of the slots that are not free.
     #[must_use]
     pub fn used_bytes(&self) -> u64 {
-        let used = |segment: &SegmentState| {
-            (u64::from(segment.record.slots) - segment.free.len() as u64) * segment.mapped.layout().slot_bytes
-        };
+        let used =
+            |segment: &SegmentState| (u64::from(segment.record.slots) - segment.free.len() as u64) * segment.mapped.layout().slot_bytes;
         self.segments.values().map(used).sum()
     }
 

@@ -74,9 +74,8 @@ impl Engine {
         }
         let Some(model) = self.models.get(&id) else { return };
         if let Some(in_force) = &model.record.calibration_json {
-            let accepted = parse_calibration(&json, &model.shape).is_ok_and(|given| {
-                model.labels.as_ref().is_some_and(|labels| *labels.calibration == given)
-            });
+            let accepted = parse_calibration(&json, &model.shape)
+                .is_ok_and(|given| model.labels.as_ref().is_some_and(|labels| *labels.calibration == given));
             let _ = reply.send(Ok(CalibrationInForce { json: in_force.clone().into_bytes(), accepted }));
         } else if let Some(relabeling) = self.relabeling.get_mut(&id) {
             relabeling.replies.push((relabeling.json == json, reply));

@@ -64,8 +64,7 @@ impl ChunkStore {
             parent.children += 1;
         }
         self.now += 1;
-        let chunk =
-            Chunk { record, holders: 0, children: 0, window_needs: 0, verified, quarantined: false, last_used: self.now };
+        let chunk = Chunk { record, holders: 0, children: 0, window_needs: 0, verified, quarantined: false, last_used: self.now };
         self.chunks.insert(record.id, chunk);
     }
 

@@ -58,7 +58,11 @@ impl Engine {
             return Err(EngineError::invalid("lane_count", count, "0 for a model whose layers differ in kv_heads"));
         }
         if count == 0 || first.checked_add(count).is_none_or(|end| end > lanes) {
-            return Err(EngineError::invalid("first_lane + lane_count", u64::from(first) + u64::from(count), format!("1 to {lanes} lanes")));
+            return Err(EngineError::invalid(
+                "first_lane + lane_count",
+                u64::from(first) + u64::from(count),
+                format!("1 to {lanes} lanes"),
+            ));
         }
         if let Some(writer) = writers.iter().position(|&range| range == (first, count)) {
             return Ok(writer as u32);
@@ -135,9 +139,8 @@ impl Engine {
         let model = self.leased(key)?.record.model;
         let segment = self.arena.segment(id).filter(|segment| segment.record.model == model);
         let segment = segment.ok_or(EngineError::NotFound { field: "segment", value: id.into() })?;
-        let duplicate = |file: &std::fs::File| {
-            file.try_clone().map_err(|error| EngineError::Internal(format!("duplicate a descriptor: {error}")))
-        };
+        let duplicate =
+            |file: &std::fs::File| file.try_clone().map_err(|error| EngineError::Internal(format!("duplicate a descriptor: {error}")));
         let labels = match &segment.labels {
             Some(labels) => Some((labels.mapped.label_set, duplicate(&labels.read_only)?)),
             None => None,

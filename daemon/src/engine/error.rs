@@ -52,7 +52,9 @@ pub enum EngineError {
         needed: &'static str,
     },
     /// Window rows before a position are no longer kept.
-    #[error("position: rows before {position} are no longer kept for the sliding window; the nearest positions that work are {below} and {above}")]
+    #[error(
+        "position: rows before {position} are no longer kept for the sliding window; the nearest positions that work are {below} and {above}"
+    )]
     WindowGone {
         /// Position given.
         position: u64,

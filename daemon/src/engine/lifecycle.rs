@@ -255,9 +255,8 @@ impl Engine {
     /// Drops the oldest parked sequences above the bound, and poisoned ones, which nobody can resume.
     pub(crate) fn bound_parked(&mut self) {
         let parked = self.sequences.values().filter(|sequence| !sequence.is_held());
-        let mut parked: Vec<(bool, u64, u64)> = parked
-            .map(|sequence| (!sequence.record.poisoned, sequence.record.parked_at.unwrap_or(0), sequence.id()))
-            .collect();
+        let mut parked: Vec<(bool, u64, u64)> =
+            parked.map(|sequence| (!sequence.record.poisoned, sequence.record.parked_at.unwrap_or(0), sequence.id())).collect();
         parked.sort_unstable();
         let poisoned = parked.iter().filter(|(sound, ..)| !sound).count();
         let surplus = parked.len().saturating_sub(self.config.parked_sequences_max).max(poisoned);

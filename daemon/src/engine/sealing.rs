@@ -144,8 +144,7 @@ impl Engine {
                 let name = name.filter(|_| known.is_none_or(|(_, verified)| !verified));
                 let id = self.new_id();
                 let (model, index, digest, fidelity) = (job.model, job.chunk as u32, sealed.digest, sealed.fidelity);
-                let record =
-                    ChunkRecord { id, model, index, name, parent, fidelity, dense, selected, window, digest, reusable_end: false };
+                let record = ChunkRecord { id, model, index, name, parent, fidelity, dense, selected, window, digest, reusable_end: false };
                 self.chunks.add(record, true);
                 self.edits.push(Edit::Chunk(record));
                 self.edits.push(Edit::ChunkContent { id, tokens: sealed.tokens, sums: sealed.sums });

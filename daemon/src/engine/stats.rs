@@ -38,9 +38,8 @@ impl Engine {
     /// What there is.
     pub(crate) fn stats(&self) -> EngineStats {
         let held = self.sequences.values().filter(|sequence| sequence.is_held()).count() as u64;
-        let slots = |chunk: &crate::engine::chunk::Chunk| {
-            u64::from(chunk.record.selected.is_some()) + u64::from(chunk.record.window.is_some())
-        };
+        let slots =
+            |chunk: &crate::engine::chunk::Chunk| u64::from(chunk.record.selected.is_some()) + u64::from(chunk.record.window.is_some());
         EngineStats {
             models: self.models.len() as u64,
             sequences_held: held,

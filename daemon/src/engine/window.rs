@@ -116,9 +116,8 @@ impl Engine {
     fn window_ready(&self, model: u64, path: &[u64], position: usize) -> bool {
         let Some(model) = self.models.get(&model).filter(|model| model.has(SlotClass::Window)) else { return true };
         let needed = model.window_floor(position)..position.div_ceil(CHUNK_TOKENS).min(path.len());
-        path.get(needed).is_none_or(|chunks| {
-            chunks.iter().all(|&id| self.chunks.get(id).is_some_and(|chunk| chunk.record.window.is_some()))
-        })
+        path.get(needed)
+            .is_none_or(|chunks| chunks.iter().all(|&id| self.chunks.get(id).is_some_and(|chunk| chunk.record.window.is_some())))
     }
 
     /// The longest end of a matched path, in chunks, whose window rows are there.

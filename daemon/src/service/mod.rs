@@ -68,7 +68,10 @@ impl Sluice for SluiceService {
         Ok(Response::new(v1::RegisterModelResponse { boot_epoch: self.engine.boot_epoch(), model_id, calibrated }))
     }
 
-    async fn unregister_model(&self, request: Request<v1::UnregisterModelRequest>) -> Result<Response<v1::UnregisterModelResponse>, Status> {
+    async fn unregister_model(
+        &self,
+        request: Request<v1::UnregisterModelRequest>,
+    ) -> Result<Response<v1::UnregisterModelResponse>, Status> {
         let freed_bytes = self.engine.unregister_model(request.into_inner().model_id).await?;
         Ok(Response::new(v1::UnregisterModelResponse { boot_epoch: self.engine.boot_epoch(), freed_bytes }))
     }

@@ -164,10 +164,10 @@ fn step_result(engine: &EngineHandle, sequence_id: u64, result: Result<StepDone,
             return v1::StepResult { sequence_id, error, ..v1::StepResult::default() };
         }
     };
-    let lanes = done.rows.into_iter().map(|lane| v1::LaneRows {
-        positions: lane.positions.into_iter().map(u64::from).collect(),
-        rows: lane.rows.into(),
-    });
+    let lanes = done
+        .rows
+        .into_iter()
+        .map(|lane| v1::LaneRows { positions: lane.positions.into_iter().map(u64::from).collect(), rows: lane.rows.into() });
     let costs = &done.report;
     let report = report.then(|| v1::StepReport {
         selected_rows: costs.selected_rows,
