@@ -2,7 +2,9 @@
 
 mod calibrate;
 mod config;
+mod logging;
 mod options;
+mod serve;
 mod status;
 
 use std::process::ExitCode;
@@ -21,6 +23,8 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run the daemon until SIGTERM (which drains) or a second one (which exits at once).
+    Serve(serve::ServeArguments),
     /// Show what a running daemon holds: sequences, chunks, bytes, hits.
     Status(status::StatusArguments),
     /// Make a calibration file from recorded queries and keys.
@@ -42,6 +46,7 @@ pub enum Format {
 #[must_use]
 pub fn run() -> ExitCode {
     let result = match Arguments::parse().command {
+        Command::Serve(arguments) => serve::run(&arguments),
         Command::Status(arguments) => status::run(&arguments),
         Command::Calibrate(arguments) => calibrate::run(&arguments),
         Command::Config(arguments) => config::run(&arguments),

@@ -23,8 +23,8 @@ use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
 use crate::config::Config;
-use crate::engine::error::EngineError;
-use crate::engine::handle::EngineState;
+use crate::engine::EngineError;
+use crate::engine::EngineState;
 use crate::engine::{Counters, Engine, EngineHandle};
 use crate::{http, metrics};
 

@@ -1,11 +1,9 @@
 //! The server around the engine, as a real process: sockets, health, reflection, limits, start and stop.
 
-mod edge_support;
-
 use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
 use std::process::{Command, Stdio};
 
-use edge_support::{PATIENCE, Place, channel, ended};
+use crate::support::{PATIENCE, Place, channel, ended};
 use rustix::process::Signal;
 use sluice_proto::v1::sluice_client::SluiceClient;
 use sluice_proto::v1::{ModelSpec, RegisterModelRequest, StatsRequest};

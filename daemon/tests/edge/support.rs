@@ -13,34 +13,35 @@ use tokio::net::UnixStream;
 use tonic::transport::{Channel, Endpoint};
 
 /// Longest wait for anything that a daemon should do at once.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A folder on tmpfs for the arena, and the sockets in it.
-pub struct Place {
+pub(crate) struct Place {
     folder: TempDir,
 }
 
 impl Place {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { folder: tempfile::Builder::new().prefix("sluice-edge-").tempdir_in("/dev/shm").expect("a folder in /dev/shm") }
     }
 
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.folder.path().join("run/sluice.sock")
     }
 
     /// `sluice serve` here, with a small arena; `more` flags win.
-    pub fn command(&self, more: &[&str]) -> Command {
+    pub(crate) fn command(&self, more: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));
         command.env_clear().args(["serve", "--format", "json", "--set", "listen.http=127.0.0.1:0", "--set", "arena.capacity_bytes=64MiB"]);
         command.args(["--set", "arena.segment_bytes=8MiB", "--set", "arena.open_bytes=64MiB", "--set", "limits.sequences=32"]);
         command.arg("--socket").arg(self.socket());
+        command.arg("--set").arg(format!("arena.folder={}", self.folder.path().join("arena").display()));
         command.args(more).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
 
     /// Starts it and waits until it is ready.
-    pub fn serve(&self, more: &[&str]) -> Daemon {
+    pub(crate) fn serve(&self, more: &[&str]) -> Daemon {
         let mut child = self.command(more).spawn().expect("the binary starts");
         let mut line = String::new();
         BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
@@ -51,7 +52,7 @@ impl Place {
     }
 
     /// Starts one that refuses to serve; gives what it says.
-    pub fn refused(&self, more: &[&str]) -> String {
+    pub(crate) fn refused(&self, more: &[&str]) -> String {
         let mut child = self.command(more).spawn().expect("the binary starts");
         let (status, log) = ended(&mut child);
         assert!(!status.success(), "{log}");
@@ -60,29 +61,29 @@ impl Place {
 }
 
 /// A ready daemon; killed when the test is done with it.
-pub struct Daemon {
-    pub child: Child,
+pub(crate) struct Daemon {
+    pub(crate) child: Child,
     /// Its ready line.
-    pub ready: Value,
+    pub(crate) ready: Value,
     socket: PathBuf,
 }
 
 impl Daemon {
-    pub async fn channel(&self) -> Channel {
+    pub(crate) async fn channel(&self) -> Channel {
         channel(&self.socket).await.expect("it answers")
     }
 
-    pub fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).expect("the process exists");
     }
 
     /// Waits for the end of the process; gives its status and its log.
-    pub fn ended(&mut self) -> (ExitStatus, String) {
+    pub(crate) fn ended(&mut self) -> (ExitStatus, String) {
         ended(&mut self.child)
     }
 
     /// The text at `path` of its HTTP endpoint, with the status line.
-    pub async fn http(&self, path: &str) -> String {
+    pub(crate) async fn http(&self, path: &str) -> String {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
         let address = self.ready["http"].as_str().expect("an address");
         let mut stream = tokio::net::TcpStream::connect(address).await.expect("connected");
@@ -102,7 +103,7 @@ impl Drop for Daemon {
     }
 }
 
-pub async fn channel(socket: &Path) -> Result<Channel, tonic::transport::Error> {
+pub(crate) async fn channel(socket: &Path) -> Result<Channel, tonic::transport::Error> {
     let socket = socket.to_owned();
     let connector = tower::service_fn(move |_| {
         let socket = socket.clone();
@@ -112,7 +113,7 @@ pub async fn channel(socket: &Path) -> Result<Channel, tonic::transport::Error> 
 }
 
 /// Waits for the end of a process; gives its status and its log.
-pub fn ended(child: &mut Child) -> (ExitStatus, String) {
+pub(crate) fn ended(child: &mut Child) -> (ExitStatus, String) {
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
         if let Some(status) = child.try_wait().expect("a child of this process") {

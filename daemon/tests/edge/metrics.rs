@@ -1,11 +1,9 @@
 //! Every metric moves when the daemon does what it counts.
 
-mod edge_support;
-
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use edge_support::{Daemon, PATIENCE, Place};
+use crate::support::{Daemon, PATIENCE, Place};
 use sluice_kernels::label::{Calibration, LabelPlan, LaneCalibration, LayerCalibration};
 use sluice_proto::v1::sluice_client::SluiceClient;
 use sluice_proto::v1::{
@@ -90,12 +88,12 @@ fn layer_spec(attention: AttentionKind) -> LayerSpec {
 fn registration(attention: AttentionKind) -> RegisterModelRequest {
     let model = ModelSpec {
         name: "metrics".to_owned(),
-        weights_digest: vec![1],
+        weights_digest: vec![1].into(),
         row_type: RowType::F32.into(),
         rotary_layout: RotaryLayout::None.into(),
         layers: vec![layer_spec(attention); LAYERS],
     };
-    RegisterModelRequest { model: Some(model), calibration_json: calibration(), ..RegisterModelRequest::default() }
+    RegisterModelRequest { model: Some(model), calibration_json: calibration().into(), ..RegisterModelRequest::default() }
 }
 
 /// Numbers in (-1, 1), as bytes.
@@ -283,7 +281,7 @@ async fn refusals_are_counted_by_their_reason() {
 
     let mut other = registration(AttentionKind::MhaGqa);
     other.model.as_mut().expect("a model").layers.push(layer_spec(AttentionKind::MhaGqa));
-    other.calibration_json.clear();
+    other.calibration_json = Vec::new().into();
     let status = client.register_model(other).await.expect_err("another shape");
     assert_eq!(status.code(), Code::AlreadyExists, "{status}");
     reaches(&daemon, &refused("already_exists"), 1.0).await;
