@@ -2,6 +2,5 @@
 
 mod calibrate;
 mod config;
-mod metrics;
 mod server;
 mod support;

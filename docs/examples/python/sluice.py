@@ -12,7 +12,12 @@ class Sluice:
     """Calls of the service by their names in the .proto; messages by theirs."""
 
     def __init__(self, target, message_bytes=64 << 20):
-        options = [("grpc.max_receive_message_length", message_bytes), ("grpc.max_send_message_length", message_bytes)]
+        options = [
+            ("grpc.max_receive_message_length", message_bytes),
+            ("grpc.max_send_message_length", message_bytes),
+            # For a Unix socket grpcio would send its escaped path as the authority, which strict HTTP/2 servers refuse.
+            ("grpc.default_authority", "localhost"),
+        ]
         self.channel = grpc.insecure_channel(target, options)
         self.pool = _reflect(self.channel)
         for method in self.pool.FindServiceByName(SERVICE).methods:
