@@ -23,9 +23,9 @@ class Sluice:
         for method in self.pool.FindServiceByName(SERVICE).methods:
             setattr(self, method.name, self._callable(method))
 
-    def message(self, name, **fields):
+    def message(self, kind, /, **fields):
         """A message of `sluice.v1`, such as `message("OpenRequest", model_id=1)`."""
-        return message_factory.GetMessageClass(self.pool.FindMessageTypeByName(f"sluice.v1.{name}"))(**fields)
+        return message_factory.GetMessageClass(self.pool.FindMessageTypeByName(f"sluice.v1.{kind}"))(**fields)
 
     def _callable(self, method):
         kinds = {
