@@ -170,8 +170,8 @@ impl Engine {
         if keep < sequence.path.len() {
             self.copy_part(id, position, &open)?;
         }
-        self.unneed_windows(id);
         let Some(sequence) = self.sequences.get_mut(&id) else { return Ok(()) };
+        let needed_before = sequence.path[sequence.window_from.min(sequence.path.len())..].to_vec();
         let dropped = sequence.path.split_off(keep.min(sequence.path.len()));
         sequence.committed = position;
         sequence.seal_epoch += 1;
@@ -184,7 +184,11 @@ impl Engine {
         }
         let record = sequence.record.clone();
         self.edits.push(Edit::Sequence(record));
+        // The new end's needs are counted before the old end's are given up: what both need must not fall to zero in between.
         self.need_windows_from(id, position);
+        for chunk in needed_before {
+            self.unneed_window(chunk);
+        }
         for chunk in dropped {
             match lease {
                 Some(lease) => self.to_limbo.push((Waiting::Hold(chunk), vec![lease])),

@@ -89,11 +89,6 @@ pub(crate) async fn open(engine: &EngineHandle, model: u64, tokens: &[u32]) -> O
     engine.open(open_request(model, tokens)).await.expect("the sequence is opened")
 }
 
-/// A number that stands for the whole path up to and with a position.
-pub(crate) fn path_hash(tokens: &[u32]) -> u64 {
-    tokens.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &token| (hash ^ u64::from(token)).wrapping_mul(0x0100_0000_01b3).rotate_left(17))
-}
-
 /// The bytes of one row: finite f16 values out of (path, layer, lane, element).
 pub(crate) fn row(path: u64, layer: usize, lane: usize) -> Vec<u8> {
     let value = |element: usize| {
@@ -105,10 +100,19 @@ pub(crate) fn row(path: u64, layer: usize, lane: usize) -> Vec<u8> {
     (0..ROW_VALUES).flat_map(value).collect()
 }
 
+/// Path hashes of all positions.
+pub(crate) fn path_hashes(tokens: &[u32]) -> Vec<u64> {
+    let hash = tokens.iter().scan(0xcbf2_9ce4_8422_2325_u64, |hash, &token| {
+        *hash = (*hash ^ u64::from(token)).wrapping_mul(0x0100_0000_01b3).rotate_left(17);
+        Some(*hash)
+    });
+    hash.collect()
+}
+
 /// Rows `[lane][token]` of the tokens from `first` on.
 pub(crate) fn rows(tokens: &[u32], first: usize, layer: usize, lanes: usize) -> Vec<u8> {
-    let paths: Vec<u64> = (first..tokens.len()).map(|position| path_hash(&tokens[..=position])).collect();
-    (0..lanes).flat_map(|lane| paths.iter().flat_map(move |&path| row(path, layer, lane))).collect()
+    let paths = path_hashes(tokens);
+    (0..lanes).flat_map(|lane| paths[first..].iter().flat_map(move |&path| row(path, layer, lane))).collect()
 }
 
 /// Sends one message of rows through the daemon's own worker, waiting while the open slots are full.
@@ -149,32 +153,71 @@ pub(crate) async fn append(engine: &EngineHandle, lease: LeaseKey, shape: &Model
     }
 }
 
-/// Reads every row of a sequence back through the daemon's decoder (with queries that select everything) and compares it.
+/// Compares a sequence with what it must be: every row of the full-attention layers, and the attention of the sliding-window layers.
 pub(crate) async fn check_rows(engine: &EngineHandle, lease: LeaseKey, shape: &ModelShape, tokens: &[u32]) {
     if tokens.is_empty() {
         return;
     }
     for (layer, layer_shape) in shape.layers.iter().enumerate() {
-        if layer_shape.kind != LaneKind::Selected {
-            continue;
-        }
+        let answer = if layer_shape.kind == LaneKind::Selected { Answer::Rows } else { Answer::Sparse };
+        let query: Vec<f32> =
+            (0..usize::from(layer_shape.query_heads) * 64).map(|index| ((index * 37 % 101) as f32 - 50.0) / 50.0).collect();
         let work = StepWork {
             lease,
             layer,
-            answer: Answer::Rows,
+            answer,
             first_position: tokens.len() as u64 - 1,
             count: Some(1),
-            queries: vec![0; usize::from(layer_shape.query_heads) * 64 * 4].into(),
+            queries: query.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>().into(),
             rows: Vec::new().into(),
             token_ids: Vec::new(),
         };
-        let done = send(engine, work).await.expect("rows are answered");
-        for (lane, found) in done.rows.iter().enumerate() {
-            let expected: Vec<u8> = (0..tokens.len()).flat_map(|position| row(path_hash(&tokens[..=position]), layer, lane)).collect();
-            assert_eq!(found.positions.len(), tokens.len(), "layer {layer} lane {lane}: all positions");
-            assert!(found.rows == expected, "layer {layer} lane {lane}: rows differ");
+        let done = send(engine, work).await.expect("the step is answered");
+        match layer_shape.kind {
+            LaneKind::Selected => check_selected(&done, layer, tokens),
+            LaneKind::Window { tokens: width } => check_window(&done, layer, layer_shape, &query, tokens, width as usize),
         }
     }
+}
+
+/// Without a calibration every row is attended, so all of them are answered.
+fn check_selected(done: &StepDone, layer: usize, tokens: &[u32]) {
+    let paths = path_hashes(tokens);
+    for (lane, found) in done.rows.iter().enumerate() {
+        let expected: Vec<u8> = paths.iter().flat_map(|&path| row(path, layer, lane)).collect();
+        assert_eq!(found.positions.len(), tokens.len(), "layer {layer} lane {lane}: all positions");
+        assert!(found.rows == expected, "layer {layer} lane {lane}: rows differ");
+    }
+}
+
+/// Softmax attention over the last `width` rows, in double precision from the definition.
+fn check_window(done: &StepDone, layer: usize, shape: &LayerShape, query: &[f32], tokens: &[u32], width: usize) {
+    let group = usize::from(shape.query_heads / shape.kv_heads);
+    let output: Vec<f32> = done.output.chunks_exact(4).map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])).collect();
+    let paths = path_hashes(tokens);
+    for head in 0..usize::from(shape.query_heads) {
+        let lane_rows = paths[tokens.len().saturating_sub(width)..].iter().map(|&path| values(&row(path, layer, head / group)));
+        let lane_rows: Vec<Vec<f64>> = lane_rows.collect();
+        let own = &query[head * 64..(head + 1) * 64];
+        let score =
+            |row: &Vec<f64>| own.iter().zip(&row[..64]).map(|(&q, k)| f64::from(q) * k).sum::<f64>() * f64::from(shape.softmax_scale);
+        let weights: Vec<f64> = lane_rows.iter().map(|row| score(row).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        for channel in 0..64 {
+            let expected: f64 = weights.iter().zip(&lane_rows).map(|(weight, row)| weight * row[64 + channel]).sum::<f64>() / total;
+            let found = f64::from(output[head * 64 + channel]);
+            assert!((found - expected).abs() < 1e-3, "layer {layer} head {head} channel {channel}: {found}, expected {expected}");
+        }
+    }
+}
+
+/// The values of positive, normal f16 elements.
+fn values(row: &[u8]) -> Vec<f64> {
+    let value = |bytes: &[u8]| {
+        let bits = u16::from_le_bytes([bytes[0], bytes[1]]);
+        (1.0 + f64::from(bits & 0x3ff) / 1024.0) * 2f64.powi(i32::from(bits >> 10) - 15)
+    };
+    row.chunks_exact(2).map(value).collect()
 }
 
 /// Every slot is free, in limbo, or a chunk's: nothing has leaked.
