@@ -28,10 +28,10 @@ fn check(layer: &Layer, job: &AttendJob) {
     for mut device in all_devices() {
         let (mut output, mut lse) = (vec![f32::NAN; lanes * group * dim], vec![f32::NAN; lanes * group]);
         device.attend(job, &mut output, &mut lse);
-        assert_close(device.name(), &output, &expected, 2e-5);
-        assert_close(device.name(), &lse, &expected_lse, 2e-5);
+        assert_close(device.name(), &output, &expected, 1e-4);
+        assert_close(device.name(), &lse, &expected_lse, 1e-4);
         let mass = device.mass_kept(job);
-        assert_close(device.name(), &mass, &expected_mass, 5e-5);
+        assert_close(device.name(), &mass, &expected_mass, 1e-4);
     }
 }
 

@@ -56,3 +56,38 @@ fn selects_everything_and_nothing() {
     check(&lanes, 0, 0);
     check(&lanes, 4, 4);
 }
+
+/// As [`naive`], fast enough for long lanes.
+fn by_sorting(keys: &[u16], count: usize, sinks: usize) -> Vec<u32> {
+    let mut rest: Vec<(i32, u32)> = (sinks..keys.len()).map(|row| (-i32::from(keys[row]), row as u32)).collect();
+    rest.sort_unstable();
+    let mut picked: Vec<u32> = (0..sinks as u32).chain(rest[..count - sinks].iter().map(|&(_, row)| row)).collect();
+    picked.sort_unstable();
+    picked
+}
+
+#[test]
+fn long_lanes_are_selected_exactly_whatever_their_keys() {
+    let hash = |row: usize| ((row as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as u32;
+    let kinds: [(&str, Box<dyn Fn(usize) -> u16>); 7] = [
+        ("spread", Box::new(move |row| hash(row) as u16)),
+        ("few values", Box::new(move |row| (hash(row) % 5) as u16 * 9000)),
+        ("all equal", Box::new(|_| 777)),
+        ("rising", Box::new(|row| (row / 2) as u16)),
+        ("every eighth vector low", Box::new(move |row| if row / 32 % 8 == 0 { 0 } else { 1000 + (hash(row) % 1000) as u16 })),
+        ("every eighth vector high", Box::new(move |row| if row / 32 % 8 == 0 { u16::MAX } else { (hash(row) % 1000) as u16 })),
+        ("clustered", Box::new(move |row| (hash(row / 300) % 40_000) as u16 + (hash(row) % 3000) as u16)),
+    ];
+    for (name, key) in kinds {
+        let rows = 40_961;
+        let keys: Vec<u16> = (0..rows).map(key).collect();
+        for (count, sinks) in [(1, 0), (5, 4), (640, 4), (2560, 3), (20_000, 0), (40_960, 7), (40_961, 4)] {
+            let expected = by_sorting(&keys, count, sinks);
+            for mut device in all_devices() {
+                let mut positions = vec![u32::MAX; count];
+                device.select(&SelectJob { keys: &keys, lanes: 1, rows, count, sinks }, &mut positions);
+                assert!(positions == expected, "{}: {name}, {count} with {sinks} sinks", device.name());
+            }
+        }
+    }
+}

@@ -59,8 +59,8 @@ fn a_step_before_the_first_horizon_is_exact() {
         let rows: Vec<usize> = (0..300).collect();
         for head in 0..4 {
             let (expected, expected_lse, _) = crate::data::naive(&layer, &query[head * 64..(head + 1) * 64], head / 2, &rows);
-            crate::data::assert_close(device.name(), &output[head * 64..(head + 1) * 64], &expected, 2e-5);
-            crate::data::assert_close(device.name(), &lse[head..=head], &[expected_lse], 2e-5);
+            crate::data::assert_close(device.name(), &output[head * 64..(head + 1) * 64], &expected, 1e-4);
+            crate::data::assert_close(device.name(), &lse[head..=head], &[expected_lse], 1e-4);
         }
     }
 }

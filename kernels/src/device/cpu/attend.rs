@@ -77,46 +77,32 @@ impl<E: Element> Task for AttendSegment<'_, E> {
         let scale = geometry.softmax_scale * std::f32::consts::LOG2_E;
         while current.count > 0 {
             let next = BlockRows::find(self.job, self.lane, (current.first + BLOCK).min(rows.end), rows.end);
-            let mut block = Block { query: lane_query, dim, rows: &current, next: &next, scores: self.scores };
-            for_head_tiles(group, |first, tile| match tile {
-                Tile::Four => block.products::<S, E, 4, 4>(simd, first, scale),
-                Tile::Two => block.products::<S, E, 2, 8>(simd, first, scale),
-                Tile::One => block.products::<S, E, 1, 16>(simd, first, scale),
-            });
+            // After the last block there is nothing to ask for; asking for what is here already costs nothing.
+            let ahead = if next.count > 0 { &next.rows } else { &current.rows };
+            let mut block = Block { query: lane_query, dim, rows: &current, ahead, scores: self.scores };
+            let mut head = 0;
+            while head < group {
+                head += match group - head {
+                    4.. => block.products::<S, E, 4, 4>(simd, head, scale),
+                    2.. => block.products::<S, E, 2, 8>(simd, head, scale),
+                    _ => block.products::<S, E, 1, 16>(simd, head, scale),
+                };
+            }
             for head in 0..group {
                 let partial = &mut self.partials[head * partial_len(dim)..][..3];
                 partial_softmax(simd, &mut self.scores[head * BLOCK..(head + 1) * BLOCK], current.count, partial);
             }
-            let block = Block { query: lane_query, dim, rows: &current, next: &next, scores: self.scores };
-            for_head_tiles(group, |first, tile| match tile {
-                Tile::Four => block.add_values::<S, E, 4>(simd, first, self.partials),
-                Tile::Two => block.add_values::<S, E, 2>(simd, first, self.partials),
-                Tile::One => block.add_values::<S, E, 1>(simd, first, self.partials),
-            });
+            let block = Block { query: lane_query, dim, rows: &current, ahead, scores: self.scores };
+            let mut head = 0;
+            while head < group {
+                head += match group - head {
+                    4.. => block.add_values::<S, E, 4>(simd, head, self.partials),
+                    2.. => block.add_values::<S, E, 2>(simd, head, self.partials),
+                    _ => block.add_values::<S, E, 1>(simd, head, self.partials),
+                };
+            }
             current = next;
         }
-    }
-}
-
-/// Heads that are attended together.
-enum Tile {
-    Four,
-    Two,
-    One,
-}
-
-/// Cuts a group into tiles of four heads, then two, then one.
-#[inline(always)]
-fn for_head_tiles(group: usize, mut body: impl FnMut(usize, Tile)) {
-    let mut head = 0;
-    while head < group {
-        let (tile, heads) = match group - head {
-            4.. => (Tile::Four, 4),
-            2.. => (Tile::Two, 2),
-            _ => (Tile::One, 1),
-        };
-        body(head, tile);
-        head += heads;
     }
 }
 
@@ -177,29 +163,30 @@ struct Block<'a> {
     query: &'a [f32],
     dim: usize,
     rows: &'a BlockRows,
-    /// The block that comes next, whose rows are asked for meanwhile.
-    next: &'a BlockRows,
+    /// The rows of the next block, which are asked for meanwhile: whole rows, a few lines between the steps of both products, so that
+    /// memory is never idle, never asked for much at once, and finds the lines of a row together.
+    ahead: &'a [*const u8; BLOCK],
     /// `[head][row]`: scores in log2, later softmax weights.
     scores: &'a mut [f32],
 }
 
 impl Block<'_> {
-    /// Scores of `G` heads from `first` on, `R` rows at a time; `G * R` is 16.
+    /// Scores of `G` heads from `first` on, `R` rows at a time; `G * R` is 16. Returns `G`.
     #[inline(always)]
-    fn products<S: Simd, E: Element, const G: usize, const R: usize>(&mut self, simd: S, first: usize, scale: f32) {
+    fn products<S: Simd, E: Element, const G: usize, const R: usize>(&mut self, simd: S, first: usize, scale: f32) -> usize {
         let queries: [*const f32; G] = std::array::from_fn(|head| self.query[(first + head) * self.dim..][..self.dim].as_ptr());
-        let key_bytes = self.dim * E::BYTES;
         for start in (0..self.rows.count).step_by(R) {
             let rows: [*const u8; R] = std::array::from_fn(|row| self.rows.rows[start + row]);
-            if first == 0 {
-                for row in &self.next.rows[start..(start + R).min(self.next.count.max(start))] {
-                    for line in (0..key_bytes).step_by(64) {
-                        simd.prefetch(row.wrapping_add(line));
-                    }
-                }
-            }
             let mut sums = [simd.splat(0.0); 16];
             for channel in (0..self.dim).step_by(16) {
+                if first == 0 {
+                    // The first half of the next block: all lines of R / 2 rows while the keys of R rows are read.
+                    for row in &self.ahead[start / 2..start / 2 + R / 2] {
+                        for line in (0..32 * E::BYTES).step_by(64) {
+                            simd.prefetch(row.wrapping_add(channel * 2 * E::BYTES + line));
+                        }
+                    }
+                }
                 // SAFETY: a query has `dim` elements, and so has the key of a row; `channel` is below it, both being multiples of 16.
                 unsafe {
                     let query: [S::Floats; G] = queries.map(|query| simd.load(query.add(channel)));
@@ -218,11 +205,12 @@ impl Block<'_> {
                 self.scores[(first + head) * BLOCK + start..][..R].copy_from_slice(&scores[head * R..(head + 1) * R]);
             }
         }
+        G
     }
 
-    /// Adds weighted values to the partial outputs of `G` heads from `first` on.
+    /// Adds weighted values to the partial outputs of `G` heads from `first` on. Returns `G`.
     #[inline(always)]
-    fn add_values<S: Simd, E: Element, const G: usize>(&self, simd: S, first: usize, partials: &mut [f32]) {
+    fn add_values<S: Simd, E: Element, const G: usize>(&self, simd: S, first: usize, partials: &mut [f32]) -> usize {
         let mut channel = 0;
         while channel + 64 <= self.dim {
             self.add_value_tile::<S, E, G, 4>(simd, first, channel, partials);
@@ -231,6 +219,7 @@ impl Block<'_> {
         if channel < self.dim {
             self.add_value_tile::<S, E, G, 2>(simd, first, channel, partials);
         }
+        G
     }
 
     /// `V` vectors of the values from `channel` on.
@@ -247,10 +236,17 @@ impl Block<'_> {
         let offset = (self.dim + channel) * E::BYTES;
         let mut sums = [[simd.splat(0.0); V]; G];
         let weights: [&[f32; BLOCK]; G] = std::array::from_fn(|head| &self.scores.as_chunks::<BLOCK>().0[first + head]);
+        // The second half of the next block: this tile's share of its rows, all lines of a row together.
+        let (row_bytes, mut place, mut line) = (2 * self.dim * E::BYTES, BLOCK / 2 + channel * BLOCK / 2 / self.dim, 0);
         for index in 0..self.rows.count {
-            if first == 0 && index < self.next.count {
-                for line in (0..V * 16 * E::BYTES).step_by(64) {
-                    simd.prefetch(self.next.rows[index].wrapping_add(offset + line));
+            if first == 0 {
+                let row = self.ahead[place % BLOCK];
+                for _ in 0..V * E::BYTES / 4 {
+                    simd.prefetch(row.wrapping_add(line));
+                    line += 64;
+                }
+                if line >= row_bytes {
+                    (place, line) = (place + 1, 0);
                 }
             }
             let row = self.rows.rows[index];

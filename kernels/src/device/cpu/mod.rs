@@ -56,6 +56,7 @@ struct LaneRoom {
 struct ThreadRoom {
     scores: Vec<f32>,
     totals: Vec<(f32, f32)>,
+    select: Vec<u16>,
     many: Room,
 }
 
@@ -141,7 +142,7 @@ impl Cpu {
                 let scored = Instant::now();
                 // SAFETY: as above.
                 let positions = unsafe { positions.part(lane * count..(lane + 1) * count) };
-                level.enter(SelectLane { keys, sinks: *sinks, positions });
+                level.enter(SelectLane { keys, sinks: *sinks, positions, room: &mut own.select });
                 selecting.fetch_add(scored.elapsed().as_nanos() as u64, Ordering::Relaxed);
             }
         });
@@ -290,12 +291,13 @@ impl Device for Cpu {
 
     fn select(&mut self, job: &SelectJob, positions: &mut [u32]) {
         assert!(job.keys.len() == job.lanes * job.rows && positions.len() == job.lanes * job.count, "keys and positions of all lanes");
-        let (positions, level) = (Parts::new(positions), self.level);
-        self.pool.tasks(job.lanes, |_, lane| {
+        let (positions, threads, level) = (Parts::new(positions), Parts::new(&mut self.threads), self.level);
+        self.pool.tasks(job.lanes, |thread, lane| {
             let keys = &job.keys[lane * job.rows..(lane + 1) * job.rows];
-            // SAFETY: each lane is one task.
-            let positions = unsafe { positions.part(lane * job.count..(lane + 1) * job.count) };
-            level.enter(SelectLane { keys, sinks: job.sinks, positions });
+            // SAFETY: each lane is one task, and a thread uses the room of its own number.
+            let (positions, room) =
+                unsafe { (positions.part(lane * job.count..(lane + 1) * job.count), &mut threads.part(thread..thread + 1)[0].select) };
+            level.enter(SelectLane { keys, sinks: job.sinks, positions, room });
         });
     }
 

@@ -7,12 +7,10 @@
 use super::simd::{Simd, Task, exp2, exp2_coarse};
 use crate::device::ScoreJob;
 use crate::label::packing::BLOCK_TOKENS;
-use crate::label::{HeadWeights, LabelGroup, LabelPlan};
+use crate::label::{HeadWeights, LabelPlan};
 use crate::select::{KEY_SHIFT, SMALLEST_KEYED};
 use crate::slot::CHUNK_TOKENS;
 
-/// Blocks that are scored together, so that a weight is loaded once for all of them.
-const TOGETHER: usize = 2;
 const BLOCKS: usize = CHUNK_TOKENS / BLOCK_TOKENS;
 
 /// The query heads of one lane, ready to meet labels.
@@ -99,9 +97,9 @@ impl Task for ScoreChunk<'_> {
             let next = if head == 0 { self.next } else { &[] };
             let heads = Heads { plan: self.plan, query: self.query, first: head, labels: self.labels, next };
             match rest {
-                4.. => score_heads::<S, 4>(simd, &heads, weights, totals),
-                2.. => score_heads::<S, 2>(simd, &heads, weights, totals),
-                _ => score_heads::<S, 1>(simd, &heads, weights, totals),
+                4.. => score_heads::<S, 4, 4>(simd, &heads, weights, totals),
+                2.. => score_heads::<S, 2, 8>(simd, &heads, weights, totals),
+                _ => score_heads::<S, 1, 16>(simd, &heads, weights, totals),
             }
             head += match rest {
                 4.. => 4,
@@ -121,180 +119,183 @@ struct Heads<'a> {
     next: &'a [u8],
 }
 
-#[inline(always)]
-fn score_heads<S: Simd, const G: usize>(simd: S, heads: &Heads, weights: &mut [u16], totals: &mut [(f32, f32)]) {
-    let mut scores = [[0.0f32; CHUNK_TOKENS]; G];
-    let maxima = raw_scores::<S, G>(simd, heads, &mut scores);
-    for (head, scores) in scores.iter().enumerate() {
-        let largest = simd.largest(maxima[head]);
-        let lanes_largest = simd.splat(largest);
-        let (half, mut sum) = (simd.words(1 << (KEY_SHIFT - 1)), simd.splat(0.0));
-        let to = &mut weights[head * CHUNK_TOKENS..(head + 1) * CHUNK_TOKENS];
-        for (from, to) in scores.as_chunks::<16>().0.iter().zip(to.as_chunks_mut::<16>().0) {
-            // SAFETY: both chunks have 16 elements.
-            unsafe {
-                let weight = exp2_coarse(simd, simd.sub(simd.load(from.as_ptr()), lanes_largest));
-                sum = simd.add(sum, weight);
-                simd.store_u16(to.as_mut_ptr(), simd.shr::<KEY_SHIFT>(simd.add_words(simd.bits(weight), half)));
-            }
-        }
-        totals[head] = (largest, simd.sum(sum));
-    }
-}
+/// Keeps vectors from lying across cache lines.
+#[repr(align(64))]
+struct Aligned<T>(T);
 
-/// Scores of 256 rows by `G` heads, in log2, and their maxima.
 #[inline(always)]
-fn raw_scores<S: Simd, const G: usize>(simd: S, heads: &Heads, scores: &mut [[f32; CHUNK_TOKENS]; G]) -> [S::Floats; G] {
-    let block_bytes = BLOCK_TOKENS * heads.plan.label_bytes();
-    let groups = heads.plan.groups();
+fn score_heads<S: Simd, const G: usize, const T: usize>(simd: S, heads: &Heads, weights: &mut [u16], totals: &mut [(f32, f32)]) {
+    let mut scores = Aligned([[0.0f32; CHUNK_TOKENS]; G]);
+    let scores = &mut scores.0;
+    raw_scores::<S, G, T>(simd, heads, scores);
+    // Heads side by side: the chains of one head's maximum and sum alone would leave the processor waiting.
     let mut maxima = [simd.splat(f32::MIN); G];
-    for pair in 0..BLOCKS / TOGETHER {
-        let labels = &heads.labels[pair * TOGETHER * block_bytes..(pair + 1) * TOGETHER * block_bytes];
-        if !heads.next.is_empty() {
-            let ahead = heads.next[pair * TOGETHER * block_bytes..].as_ptr();
-            for line in (0..TOGETHER * block_bytes).step_by(64) {
-                simd.prefetch(ahead.wrapping_add(line));
+    for vector in 0..BLOCKS {
+        for head in 0..G {
+            // SAFETY: 16 elements.
+            maxima[head] = simd.max(maxima[head], unsafe { simd.load(scores[head].as_chunks::<16>().0[vector].as_ptr()) });
+        }
+    }
+    let (mut largest, mut sums) = ([0.0; G], [simd.splat(0.0); G]);
+    for head in 0..G {
+        largest[head] = simd.largest(maxima[head]);
+        maxima[head] = simd.splat(largest[head]);
+    }
+    let half = simd.words(1 << (KEY_SHIFT - 1));
+    let to = weights[..G * CHUNK_TOKENS].as_chunks_mut::<16>().0;
+    for vector in 0..BLOCKS {
+        for head in 0..G {
+            let to = to[head * BLOCKS + vector].as_mut_ptr();
+            // SAFETY: both have 16 elements.
+            unsafe {
+                let score = simd.load(scores[head].as_chunks::<16>().0[vector].as_ptr());
+                let weight = exp2_coarse(simd, simd.sub(score, maxima[head]));
+                sums[head] = simd.add(sums[head], weight);
+                simd.store_u16(to, simd.shr::<KEY_SHIFT>(simd.add_words(simd.bits(weight), half)));
             }
         }
-        let mut totals = [[simd.splat(0.0); G]; TOGETHER];
-        let (mut offset, mut quad) = (0, 0);
-        for (index, group) in groups.iter().enumerate() {
-            let place = Place { offset, block_bytes, quad };
-            let sums = group_dots::<S, G>(simd, heads, group, labels, place);
-            for (totals, sums) in totals.iter_mut().zip(sums) {
-                for head in 0..G {
-                    let factor = simd.splat(heads.query.factors[(heads.first + head) * groups.len() + index]);
-                    totals[head] = simd.mul_add(simd.to_floats(sums[head]), factor, totals[head]);
+    }
+    for head in 0..G {
+        totals[head] = (largest[head], simd.sum(sums[head]));
+    }
+}
+
+/// Adds the scores of 256 rows by `G` heads, in log2, to zeros: group after group.
+#[inline(always)]
+fn raw_scores<S: Simd, const G: usize, const T: usize>(simd: S, heads: &Heads, scores: &mut [[f32; CHUNK_TOKENS]; G]) {
+    let groups = heads.plan.groups();
+    let (mut offset, mut quad) = (0, 0);
+    for (index, group) in groups.iter().enumerate() {
+        let channels = usize::from(group.channels);
+        let mut factors = [0.0; G];
+        for (head, factor) in factors.iter_mut().enumerate() {
+            *factor = heads.query.factors[(heads.first + head) * groups.len() + index];
+        }
+        let next = if index == 0 { heads.next } else { &[] };
+        let pass = Pass { offset, quad, quads: channels / 4, stride: 64, factors, next };
+        match group.bits {
+            2 => add_group::<S, G, T, 2>(simd, heads, &pass, scores),
+            4 => add_group::<S, G, T, 4>(simd, heads, &pass, scores),
+            8 => add_group::<S, G, T, 8>(simd, heads, &pass, scores),
+            _ => {
+                // Low bytes, then high bytes, which count 256 times as much.
+                let low = Pass { stride: 128, ..pass };
+                add_group::<S, G, T, 8>(simd, heads, &low, scores);
+                let mut high = Pass { offset: offset + 64, next: &[], ..low };
+                for factor in &mut high.factors {
+                    *factor *= 256.0;
                 }
-            }
-            offset += BLOCK_TOKENS * usize::from(group.channels) * usize::from(group.bits) / 8;
-            quad += usize::from(group.channels) / 4;
-        }
-        for (block, totals) in totals.into_iter().enumerate() {
-            for head in 0..G {
-                maxima[head] = simd.max(maxima[head], totals[head]);
-                let to = &mut scores[head].as_chunks_mut::<16>().0[pair * TOGETHER + block];
-                // SAFETY: `to` has 16 elements.
-                unsafe { simd.store(to.as_mut_ptr(), totals[head]) };
+                add_group::<S, G, T, 8>(simd, heads, &high, scores);
             }
         }
+        offset += BLOCK_TOKENS * channels * usize::from(group.bits) / 8;
+        quad += channels / 4;
     }
-    maxima
 }
 
-/// Where a group begins: bytes into each block, bytes between blocks, and its first quad.
+/// One group of channels, or one byte plane of it, over all blocks of a chunk.
 #[derive(Clone, Copy)]
-struct Place {
+struct Pass<'a, const G: usize> {
+    /// Where it begins in each block, in bytes.
     offset: usize,
-    block_bytes: usize,
+    /// Its first quad, and how many.
     quad: usize,
+    quads: usize,
+    /// From one vector to the next, in bytes.
+    stride: usize,
+    /// What a product counts, by head.
+    factors: [f32; G],
+    /// Labels to be asked for ahead, as long as the lane's labels; may be empty.
+    next: &'a [u8],
 }
 
-type Sums<S, const G: usize> = [[<S as Simd>::Words; G]; TOGETHER];
-
-/// Integer dot products of one group.
+/// Scores of `T` blocks at a time, so that each weight is loaded once for all of them; `T * G` sums fill half of the registers.
 #[inline(always)]
-fn group_dots<S: Simd, const G: usize>(simd: S, heads: &Heads, group: &LabelGroup, labels: &[u8], place: Place) -> Sums<S, G> {
-    let mut sums = [[simd.words(0); G]; TOGETHER];
-    let channels = usize::from(group.channels);
-    let quads: [&[u32]; G] = std::array::from_fn(|head| {
-        let first = (heads.first + head) * heads.query.quads_a_head + place.quad;
-        &heads.query.quads[first..first + channels / 4]
-    });
-    let blocks: [&[u8]; TOGETHER] = std::array::from_fn(|block| {
-        let first = block * place.block_bytes + place.offset;
-        &labels[first..first + BLOCK_TOKENS * channels * usize::from(group.bits) / 8]
-    });
-    match group.bits {
-        2 => {
-            for vector in 0..channels / 16 {
-                // SAFETY: a 2-bit group has a whole vector for every 16 channels.
-                let codes = blocks.map(|block| unsafe { simd.load_words(block.as_ptr().add(vector * 64)) });
-                planes::<S, G, 2, 4>(simd, &mut sums, codes, &quads, vector * 4);
-            }
-            if !channels.is_multiple_of(16) {
-                let codes = blocks.map(|block| half_vector(simd, block));
-                planes::<S, G, 2, 2>(simd, &mut sums, codes, &quads, channels / 16 * 4);
-            }
-        }
-        4 => {
-            for vector in 0..channels / 8 {
-                // SAFETY: a 4-bit group has a whole vector for every 8 channels.
-                let codes = blocks.map(|block| unsafe { simd.load_words(block.as_ptr().add(vector * 64)) });
-                planes::<S, G, 4, 2>(simd, &mut sums, codes, &quads, vector * 2);
-            }
-        }
-        8 => {
-            for vector in 0..channels / 4 {
-                // SAFETY: an 8-bit group has a whole vector for every 4 channels.
-                let codes = blocks.map(|block| unsafe { simd.load_words(block.as_ptr().add(vector * 64)) });
-                planes::<S, G, 8, 1>(simd, &mut sums, codes, &quads, vector);
-            }
-        }
-        _ => sixteen_bits(simd, &mut sums, blocks, &quads),
-    }
-    sums
-}
-
-/// Adds the products of `PLANES` planes of `BITS`-bit codes, quad after quad.
-#[inline(always)]
-fn planes<S: Simd, const G: usize, const BITS: u32, const PLANES: usize>(
+fn add_group<S: Simd, const G: usize, const T: usize, const BITS: u32>(
     simd: S,
-    sums: &mut Sums<S, G>,
-    codes: [S::Words; TOGETHER],
+    heads: &Heads,
+    pass: &Pass<G>,
+    scores: &mut [[f32; CHUNK_TOKENS]; G],
+) {
+    let block_bytes = heads.labels.len() / BLOCKS;
+    let planes = 8 / BITS as usize;
+    let mut quads = [&heads.query.quads[..0]; G];
+    for (head, quads) in quads.iter_mut().enumerate() {
+        *quads = &heads.query.quads[(heads.first + head) * heads.query.quads_a_head + pass.quad..][..pass.quads];
+    }
+    for first in (0..BLOCKS).step_by(T) {
+        for line in (0..pass.next.len() * T / BLOCKS).step_by(64) {
+            simd.prefetch(pass.next[first * block_bytes..].as_ptr().wrapping_add(line));
+        }
+        let mut sums = [[simd.words(0); G]; T];
+        for vector in 0..pass.quads / planes {
+            let at = first * block_bytes + pass.offset + vector * pass.stride;
+            let vectors = &heads.labels[at..at + (T - 1) * block_bytes + 64];
+            let mut codes = [simd.words(0); T];
+            for (block, codes) in codes.iter_mut().enumerate() {
+                // SAFETY: `vectors` ends 64 bytes after the beginning of the last block's vector.
+                *codes = unsafe { simd.load_words(vectors.as_ptr().add(block * block_bytes)) };
+            }
+            plane::<S, G, T, BITS, 0>(simd, &mut sums, &codes, &quads, vector * planes);
+            if BITS == 4 {
+                plane::<S, G, T, BITS, 4>(simd, &mut sums, &codes, &quads, vector * planes + 1);
+            }
+            if BITS == 2 {
+                plane::<S, G, T, BITS, 2>(simd, &mut sums, &codes, &quads, vector * planes + 1);
+                plane::<S, G, T, BITS, 4>(simd, &mut sums, &codes, &quads, vector * planes + 2);
+                plane::<S, G, T, BITS, 6>(simd, &mut sums, &codes, &quads, vector * planes + 3);
+            }
+        }
+        if BITS == 2 && !pass.quads.is_multiple_of(planes) {
+            let quad = pass.quads / planes * planes;
+            let mut codes = [simd.words(0); T];
+            for (block, codes) in codes.iter_mut().enumerate() {
+                *codes = half_vector(simd, &heads.labels[(first + block) * block_bytes + pass.offset + quad * 16..][..32]);
+            }
+            plane::<S, G, T, BITS, 0>(simd, &mut sums, &codes, &quads, quad);
+            plane::<S, G, T, BITS, 2>(simd, &mut sums, &codes, &quads, quad + 1);
+        }
+        for (block, sums) in sums.into_iter().enumerate() {
+            for (head, sum) in sums.into_iter().enumerate() {
+                let to = scores[head].as_chunks_mut::<16>().0[first + block].as_mut_ptr();
+                // SAFETY: 16 elements from `to` on.
+                unsafe { simd.store(to, simd.mul_add(simd.to_floats(sum), simd.splat(pass.factors[head]), simd.load(to))) };
+            }
+        }
+    }
+}
+
+/// Adds the products of one plane of `BITS`-bit codes, `SHIFT` bits up, with quad `quad` of each head.
+#[inline(always)]
+fn plane<S: Simd, const G: usize, const T: usize, const BITS: u32, const SHIFT: u32>(
+    simd: S,
+    sums: &mut [[S::Words; G]; T],
+    codes: &[S::Words; T],
     quads: &[&[u32]; G],
-    first: usize,
+    quad: usize,
 ) {
     let mask = simd.words(0x0101_0101 * ((1u32 << BITS) - 1));
-    let plane = |codes: S::Words, plane: usize| {
-        let shifted = match plane * BITS as usize {
-            0 => codes,
-            2 => simd.shr::<2>(codes),
-            4 => simd.shr::<4>(codes),
-            _ => simd.shr::<6>(codes),
-        };
-        if BITS == 8 { shifted } else { simd.and(shifted, mask) }
-    };
-    for index in 0..PLANES {
-        for block in 0..TOGETHER {
-            let codes = plane(codes[block], index);
-            for head in 0..G {
-                sums[block][head] = simd.dot::<BITS>(sums[block][head], codes, quads[head][first + index]);
-            }
+    let mut weights = [0; G];
+    for (weight, quads) in weights.iter_mut().zip(quads) {
+        *weight = quads[quad];
+    }
+    for (sums, &codes) in sums.iter_mut().zip(codes) {
+        let shifted = if SHIFT == 0 { codes } else { simd.shr::<SHIFT>(codes) };
+        let codes = if BITS == 8 { shifted } else { simd.and(shifted, mask) };
+        for (sum, weight) in sums.iter_mut().zip(weights) {
+            *sum = simd.dot::<BITS>(*sum, codes, weight);
         }
     }
 }
 
 /// The last 32 bytes of a 2-bit group whose channels do not fill a vector: nibbles of 16-bit words spread to bytes of 32-bit words.
 #[inline(always)]
-fn half_vector<S: Simd>(simd: S, block: &[u8]) -> S::Words {
-    let tail = &block[block.len() - 32..];
+fn half_vector<S: Simd>(simd: S, tail: &[u8]) -> S::Words {
+    assert_eq!(tail.len(), 32);
     // SAFETY: the tail has 16 u16, and loads need no alignment.
     let words = unsafe { simd.load_u16(tail.as_ptr().cast()) };
     let bytes = simd.and(simd.or(words, simd.shl::<8>(words)), simd.words(0x00FF_00FF));
     simd.and(simd.or(bytes, simd.shl::<4>(bytes)), simd.words(0x0F0F_0F0F))
-}
-
-/// Low bytes, then high bytes, which count 256 times as much.
-#[inline(always)]
-fn sixteen_bits<S: Simd, const G: usize>(simd: S, sums: &mut Sums<S, G>, blocks: [&[u8]; TOGETHER], quads: &[&[u32]; G]) {
-    let mut high = [[simd.words(0); G]; TOGETHER];
-    for quad in 0..quads[0].len() {
-        for block in 0..TOGETHER {
-            // SAFETY: a 16-bit group has two whole vectors for every 4 channels.
-            let codes: [S::Words; 2] =
-                std::array::from_fn(|plane| unsafe { simd.load_words(blocks[block].as_ptr().add((quad * 2 + plane) * 64)) });
-            for head in 0..G {
-                sums[block][head] = simd.dot::<8>(sums[block][head], codes[0], quads[head][quad]);
-                high[block][head] = simd.dot::<8>(high[block][head], codes[1], quads[head][quad]);
-            }
-        }
-    }
-    for block in 0..TOGETHER {
-        for head in 0..G {
-            sums[block][head] = simd.add_words(sums[block][head], simd.shl::<8>(high[block][head]));
-        }
-    }
 }
 
 /// Between the passes: turns a head's sums by chunk into the factors of its weights, `2^(maximum of chunk - log-sum-exp)`.

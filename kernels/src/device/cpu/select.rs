@@ -1,4 +1,4 @@
-//! Top-k of 16-bit keys: the threshold two bits at a time, then one pass that writes positions in order.
+//! Top-k of 16-bit keys: the threshold by counting, then one pass that writes positions in order.
 
 use super::simd::{Simd, Task};
 
@@ -7,6 +7,8 @@ pub(super) struct SelectLane<'a> {
     pub(super) keys: &'a [u16],
     pub(super) sinks: usize,
     pub(super) positions: &'a mut [u32],
+    /// Working room.
+    pub(super) room: &'a mut Vec<u16>,
 }
 
 impl Task for SelectLane<'_> {
@@ -23,7 +25,7 @@ impl Task for SelectLane<'_> {
         if rest.is_empty() {
             return;
         }
-        let threshold = find_threshold(keys, rest.len());
+        let threshold = find_threshold(simd, keys, rest.len(), self.room);
         write_positions(simd, keys, self.sinks as u32, threshold, rest);
     }
 }
@@ -35,21 +37,92 @@ struct Threshold {
     ties: usize,
 }
 
-/// The largest key that at least `wanted` rows reach.
+/// Finds the threshold: the largest key that at least `wanted` rows reach.
+///
+/// A sample of the keys says between which two keys it should lie. One pass over all keys then counts the rows above and collects those
+/// between, and only these are searched. Where the sample was wrong, all keys are.
 #[inline(always)]
-fn find_threshold(keys: &[u16], wanted: usize) -> Threshold {
-    let mut key = 0u16;
-    // Rows that reach the next larger key still in question: none reach 65,536.
+fn find_threshold<S: Simd>(simd: S, keys: &[u16], wanted: usize, room: &mut Vec<u16>) -> Threshold {
+    const LEAST_ROWS: usize = 16 * 1024;
+    if keys.len() < LEAST_ROWS {
+        return search(keys, wanted, 0);
+    }
+    let (low, high) = sample_bracket(keys, wanted, room);
+    let above = collect_between(simd, keys, low, high, room);
+    if above >= wanted || above + room.len() < wanted {
+        return search(keys, wanted, 0);
+    }
+    search(room, wanted, above)
+}
+
+/// Two keys between which the threshold most likely lies: the sample's own thresholds for some more and some fewer rows.
+#[inline(always)]
+fn sample_bracket(keys: &[u16], wanted: usize, room: &mut Vec<u16>) -> (u16, u16) {
+    const ONE_IN: usize = 8;
+    room.clear();
+    let vectors = keys.as_chunks::<32>().0;
+    for vector in vectors.iter().step_by(ONE_IN) {
+        room.extend_from_slice(vector);
+    }
+    let expected = wanted * room.len() / keys.len();
+    // Four standard deviations of a sample of single rows.
+    let margin = 8 + 4 * expected.isqrt();
+    let low = search(room, (expected + margin).clamp(1, room.len()), 0).key;
+    let high = if expected > margin { search(room, expected - margin, 0).key } else { u16::MAX };
+    (low, high)
+}
+
+/// Puts the keys from `low` to `high` into `room` and returns how many keys are above `high`.
+#[inline(always)]
+fn collect_between<S: Simd>(simd: S, keys: &[u16], low: u16, high: u16, room: &mut Vec<u16>) -> usize {
+    room.clear();
     let mut above = 0;
+    let (vectors, tail) = keys.as_chunks::<32>();
+    for vector in vectors {
+        // SAFETY: 32 keys.
+        let reach = unsafe { simd.at_least(vector.as_ptr(), low) };
+        let over = reach_above(simd, vector, high);
+        above += over.count_ones() as usize;
+        let mut between = reach & !over;
+        while between != 0 {
+            room.push(vector[between.trailing_zeros() as usize]);
+            between &= between - 1;
+        }
+    }
+    for &key in tail {
+        above += usize::from(key > high);
+        if (low..=high).contains(&key) {
+            room.push(key);
+        }
+    }
+    above
+}
+
+/// Bit i: whether key i is above `key`.
+#[inline(always)]
+fn reach_above<S: Simd>(simd: S, keys: &[u16; 32], key: u16) -> u32 {
+    match key.checked_add(1) {
+        // SAFETY: 32 keys.
+        Some(next) => unsafe { simd.at_least(keys.as_ptr(), next) },
+        None => 0,
+    }
+}
+
+/// The largest key that at least `wanted` rows reach, among `keys` and `above` rows of larger keys; two bits at a time.
+#[inline(always)]
+fn search(keys: &[u16], wanted: usize, above: usize) -> Threshold {
+    let mut key = 0u16;
+    // Rows that reach the next larger key still in question.
+    let mut larger = above;
     for shift in (0..16).step_by(2).rev() {
-        let counts = count_at_least(keys, [key + (1 << shift), key + (2 << shift), key + (3 << shift)]);
+        let counts = count_at_least(keys, [key + (1 << shift), key + (2 << shift), key + (3 << shift)]).map(|count| count + above);
         let digit = counts.iter().take_while(|&&count| count >= wanted).count();
         if digit < 3 {
-            above = counts[digit];
+            larger = counts[digit];
         }
         key += (digit as u16) << shift;
     }
-    Threshold { key, ties: wanted - above }
+    Threshold { key, ties: wanted - larger }
 }
 
 /// How many keys are at least each bound.
@@ -84,15 +157,8 @@ fn write_positions<S: Simd>(simd: S, keys: &[u16], first: u32, threshold: Thresh
     for (index, vector) in vectors.iter().enumerate() {
         // SAFETY: 32 keys.
         let reach = unsafe { simd.at_least(vector.as_ptr(), threshold.key) };
-        if reach == 0 {
-            continue;
-        }
-        let above = match threshold.key.checked_add(1) {
-            // SAFETY: 32 keys.
-            Some(next) => unsafe { simd.at_least(vector.as_ptr(), next) },
-            None => 0,
-        };
-        let mask = above | lowest_bits(reach & !above, &mut ties);
+        let above = reach_above(simd, vector, threshold.key);
+        let mask = if reach == above { above } else { above | lowest_bits(reach & !above, &mut ties) };
         let position = first + index as u32 * 32;
         written = write_mask(simd, positions, written, position, mask & 0xFFFF);
         written = write_mask(simd, positions, written, position + 16, mask >> 16);
@@ -124,11 +190,8 @@ fn lowest_bits(mask: u32, left: &mut usize) -> u32 {
 /// Writes the positions of 16 rows' mask and returns how many are written in all.
 #[inline(always)]
 fn write_mask<S: Simd>(simd: S, positions: &mut [u32], written: usize, first: u32, mask: u32) -> usize {
-    if mask == 0 {
-        return written;
-    }
     if positions.len() - written >= 16 {
-        // SAFETY: 16 words are writable from `written` on.
+        // Written even when the mask is empty: foreseeing that would cost more. SAFETY: 16 words are writable from `written` on.
         return written + unsafe { simd.compress(positions.as_mut_ptr().add(written), first, mask) };
     }
     let mut room = [0u32; 16];

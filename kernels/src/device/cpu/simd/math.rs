@@ -9,10 +9,20 @@ pub(crate) fn exp2<S: Simd>(simd: S, x: S::Floats) -> S::Floats {
     exp2_by(simd, x, coefficients)
 }
 
-/// 2^x for x of at most 1, to 4e-6 of its value; 0 below 2^-126. The Taylor series, whose error is largest at the ends.
+/// 2^x for x of at most 1, to 4e-6 of its value; at least 2^-127. Taylor series, and an exponent put in by integer arithmetic, which
+/// costs fewer cycles than [`exp2`].
 #[inline(always)]
 pub(crate) fn exp2_coarse<S: Simd>(simd: S, x: S::Floats) -> S::Floats {
-    exp2_by(simd, x, [9.618_129e-3, 5.550_411e-2, 2.402_265e-1, 6.931_472e-1, 1.0])
+    // Adding this leaves the nearest whole number in the low bits of the sum.
+    let magic = simd.splat(12_582_912.0);
+    let x = simd.max(x, simd.splat(-126.0));
+    let shifted = simd.add(x, magic);
+    let part = simd.sub(x, simd.sub(shifted, magic));
+    let sum = simd.mul_add(simd.splat(9.618_129e-3), part, simd.splat(5.550_411e-2));
+    let sum = simd.mul_add(sum, part, simd.splat(2.402_265e-1));
+    let sum = simd.mul_add(sum, part, simd.splat(6.931_472e-1));
+    let sum = simd.mul_add(sum, part, simd.splat(1.0));
+    simd.from_bits(simd.add_words(simd.bits(sum), simd.shl::<23>(simd.bits(shifted))))
 }
 
 /// `2^n` times a polynomial of x - n, where n is x rounded to nearest.
