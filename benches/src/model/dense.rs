@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use sluice_kernels::shape::{LaneKind, LayerShape, ModelShape, RowType};
 
 use super::attention::{AttentionLayers, Phase, Piece};
+use super::grown::Grown;
 
 /// Scores held at once: 16 MiB.
 const SCORES_AT_ONCE: usize = 4 << 20;
@@ -73,7 +74,7 @@ impl AttentionLayers for DenseLayers {
 
     fn commit(&mut self) -> Result<()> {
         let end = self.position + std::mem::take(&mut self.begun);
-        if let Some(layer) = self.rows.iter().flatten().position(|rows| rows.first + rows.count != end) {
+        if let Some(layer) = self.rows.iter().flatten().position(|rows| rows.end() != end) {
             bail!("commit: lane {layer} of the model has not been given the rows up to {end}");
         }
         self.position = end;
@@ -95,17 +96,15 @@ fn rounded(values: &[f32], row_type: RowType) -> Vec<f32> {
     values.iter().map(round).collect()
 }
 
-/// Keys and values of one head, `[row][d]` each, with room to grow.
+/// Keys and values of one head, `[row][d]` each.
 struct Rows {
-    keys: Tensor,
-    values: Tensor,
+    keys: Grown,
+    values: Grown,
     head_dim: usize,
     /// Rows a later query can still see; all when `None`.
     window: Option<usize>,
     /// Position of the first row that is kept.
     first: usize,
-    /// Rows kept.
-    count: usize,
 }
 
 impl Rows {
@@ -115,47 +114,36 @@ impl Rows {
             LaneKind::Window { tokens } => Some(tokens as usize),
         };
         let head_dim = usize::from(layer.head_dim);
-        let (keys, values) = (zeros(0, head_dim)?, zeros(0, head_dim)?);
-        Ok(Self { keys, values, head_dim, window, first: 0, count: 0 })
+        Ok(Self { keys: Grown::new(head_dim)?, values: Grown::new(head_dim)?, head_dim, window, first: 0 })
+    }
+
+    /// Position behind the last row.
+    fn end(&self) -> usize {
+        self.first + self.keys.count()
     }
 
     fn append(&mut self, first_position: usize, keys: Vec<f32>, values: Vec<f32>) -> Result<()> {
         let tokens = keys.len() / self.head_dim;
-        if self.first + self.count != first_position {
-            bail!("first_position: {first_position}, the layer has rows up to {}", self.first + self.count);
+        if self.end() != first_position {
+            bail!("first_position: {first_position}, the layer has rows up to {}", self.end());
         }
-        if self.count + tokens > self.keys.dim(0)? {
-            self.make_room(tokens)?;
+        if !self.keys.has_room(tokens)? {
+            // The next query sees its own row and `window - 1` rows before it: those before them are dropped.
+            let count = self.keys.count();
+            let kept = self.window.map_or(count, |window| count.min(window - 1));
+            self.keys.make_room(tokens, kept)?;
+            self.values.make_room(tokens, kept)?;
+            self.first += count - kept;
         }
-        let dims = (tokens, self.head_dim);
-        self.keys.slice_set(&Tensor::from_vec(keys, dims, &Device::Cpu)?, 0, self.count)?;
-        self.values.slice_set(&Tensor::from_vec(values, dims, &Device::Cpu)?, 0, self.count)?;
-        self.count += tokens;
-        Ok(())
-    }
-
-    /// Moves the rows to larger tensors, without those that have left the window.
-    fn make_room(&mut self, tokens: usize) -> Result<()> {
-        // The next query sees its own row and `window - 1` rows before it.
-        let kept = self.window.map_or(self.count, |window| self.count.min(window - 1));
-        let capacity = (2 * (kept + tokens)).next_multiple_of(1024);
-        for rows in [&mut self.keys, &mut self.values] {
-            let grown = zeros(capacity, self.head_dim)?;
-            if kept > 0 {
-                grown.slice_set(&rows.narrow(0, self.count - kept, kept)?.copy()?, 0, 0)?;
-            }
-            *rows = grown;
-        }
-        self.first += self.count - kept;
-        self.count = kept;
-        Ok(())
+        self.keys.push(keys)?;
+        self.values.push(values)
     }
 
     /// Attends with `queries` (`[token][head of the lane][d]`), the first token at `first_position`; gives the same layout.
     fn attend(&self, layer: &LayerShape, first_position: usize, queries: &[f32]) -> Result<Vec<f32>> {
         let group = usize::from(layer.query_heads / layer.kv_heads);
         let token_width = group * self.head_dim;
-        let tokens_at_once = (SCORES_AT_ONCE / (group * self.count)).clamp(1, TOKENS_AT_ONCE);
+        let tokens_at_once = (SCORES_AT_ONCE / (group * self.keys.count())).clamp(1, TOKENS_AT_ONCE);
         let mut out = Vec::with_capacity(queries.len());
         for (block, queries) in queries.chunks(tokens_at_once * token_width).enumerate() {
             let position = first_position + block * tokens_at_once;
@@ -164,17 +152,13 @@ impl Rows {
             let row_count = position + tokens - first_row;
             let start = first_row - self.first;
             let queries = Tensor::from_slice(queries, (tokens * group, self.head_dim), &Device::Cpu)?;
-            let scores = queries.matmul(&self.keys.narrow(0, start, row_count)?.t()?)?;
+            let scores = queries.matmul(&self.keys.rows(start..start + row_count)?.t()?)?;
             scores.inplace_op1(&CausalSoftmax { first_row, position, group, window: self.window, scale: layer.softmax_scale })?;
-            let block_out: Vec<f32> = scores.matmul(&self.values.narrow(0, start, row_count)?)?.flatten_all()?.to_vec1()?;
+            let block_out: Vec<f32> = scores.matmul(&self.values.rows(start..start + row_count)?)?.flatten_all()?.to_vec1()?;
             out.extend_from_slice(&block_out);
         }
         Ok(out)
     }
-}
-
-fn zeros(rows: usize, head_dim: usize) -> Result<Tensor> {
-    Ok(Tensor::zeros((rows, head_dim), candle_core::DType::F32, &Device::Cpu)?)
 }
 
 /// Turns scores (`[token][head of the lane][row]`) into weights: scaled, masked to what each token sees, normalised.

@@ -5,14 +5,19 @@
 
 mod attention;
 mod block;
+mod calibrating;
 mod config;
 mod dense;
 mod gguf;
+mod grown;
 mod head;
 pub mod input;
 mod linear;
+mod local;
+mod mass;
 mod norm;
 mod rotary;
+mod served;
 mod tokenizer;
 
 use std::ops::Range;
@@ -22,10 +27,14 @@ use anyhow::{Context, Result, bail};
 use sluice_kernels::shape::{LaneKind, ModelShape, RowType};
 
 pub use attention::{AttentionLayers, Phase, Piece};
+pub use calibrating::calibrate;
 pub use config::{Config, Family, RotaryBase, RotaryLayout};
 pub use dense::DenseLayers;
 pub use gguf::Gguf;
 pub use linear::Weights;
+pub use local::{LocalOptions, LocalSteps};
+pub use mass::MassMeter;
+pub use served::{LayerStep, ServedLayers, Steps};
 pub use tokenizer::Tokenizer;
 
 use block::{Block, Place};
