@@ -9,6 +9,8 @@ pub mod generate;
 pub mod generator;
 #[cfg(feature = "model")]
 pub mod model;
+#[cfg(feature = "model")]
+pub mod perplexity;
 pub mod report;
 pub mod statistics;
 pub mod stress;

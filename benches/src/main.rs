@@ -23,6 +23,9 @@ enum Command {
     /// Continue a prompt with a real model.
     #[cfg(feature = "model")]
     Generate(sluice_bench::generate::GenerateArguments),
+    /// Score a text with a real model, with dense attention and through Sluice.
+    #[cfg(feature = "model")]
+    Perplexity(sluice_bench::perplexity::PerplexityArguments),
 }
 
 fn main() -> Result<()> {
@@ -32,5 +35,7 @@ fn main() -> Result<()> {
         Command::StressWorker => stress::worker::run(),
         #[cfg(feature = "model")]
         Command::Generate(arguments) => sluice_bench::generate::run(&arguments),
+        #[cfg(feature = "model")]
+        Command::Perplexity(arguments) => sluice_bench::perplexity::run(&arguments),
     }
 }

@@ -18,6 +18,8 @@ mod mass;
 mod norm;
 mod rotary;
 mod served;
+pub mod serving;
+mod session;
 mod tokenizer;
 
 use std::ops::Range;
@@ -35,6 +37,7 @@ pub use linear::Weights;
 pub use local::{LocalOptions, LocalSteps};
 pub use mass::MassMeter;
 pub use served::{LayerStep, ServedLayers, Steps};
+pub use session::SessionSteps;
 pub use tokenizer::Tokenizer;
 
 use block::{Block, Place};

@@ -181,14 +181,16 @@ impl ServingArguments {
         };
         let registered = client.register_model(&registration, Some(calibration))?;
         let in_force = client.set_calibration(&registered, calibration)?;
-        ensure!(in_force.calibration == *calibration, "--calibrate-on: the daemon has another calibration of this model, which stays in force");
+        ensure!(
+            in_force.calibration == *calibration,
+            "--calibrate-on: the daemon has another calibration of this model, which stays in force"
+        );
         let attach = match self.attach {
             AttachName::Stream => Attach::Stream,
             AttachName::Direct | AttachName::Process => Attach::Direct { device: self.device, threads: self.threads() },
         };
         let hot_rows = if self.attach == AttachName::Direct { self.hot_rows } else { 0 };
-        let options =
-            OpenOptions { attach, settings: Some(self.settings()), open_slots: OPEN_SLOTS, hot_rows, ..OpenOptions::default() };
+        let options = OpenOptions { attach, settings: Some(self.settings()), open_slots: OPEN_SLOTS, hot_rows, ..OpenOptions::default() };
         let session = client.open(&registered, prompt, &options)?;
         ensure!(session.run_tokens_max() >= PREFILL_TOKENS, "open slots: runs of {} tokens", session.run_tokens_max());
         Ok((Box::new(SessionSteps::new(session)), daemon))

@@ -147,7 +147,8 @@ impl PerplexityReport {
             text += &format!("attention mass kept: {}\n", layers.join(", "));
         }
         if let (Some(bytes), Some(label)) = (self.bytes_per_token, self.label_bytes_per_row) {
-            text += &format!("{label} B of label a row; {:.1} MiB of rows and labels read a token, all layers\n", bytes / f64::from(1 << 20));
+            text +=
+                &format!("{label} B of label a row; {:.1} MiB of rows and labels read a token, all layers\n", bytes / f64::from(1 << 20));
         }
         if let Some(share) = self.hot_share {
             text += &format!("selected rows that were hot: {:.1} %\n", 100.0 * share);
