@@ -9,6 +9,7 @@ use serde::Serialize;
 use sluice_kernels::shape::RowType;
 
 use crate::model::input::ModelArguments;
+use crate::model::serving::ServingArguments;
 use crate::model::{AttentionLayers, Hidden, Model, PREFILL_TOKENS, Phase, Pieces};
 use crate::report::Format;
 
@@ -23,6 +24,11 @@ pub struct GenerateArguments {
     /// Tokens to generate; the end-of-text token ends earlier.
     #[arg(long, value_name = "TOKENS", default_value_t = 64)]
     count: usize,
+    /// Dense attention of the worker's own, none of Sluice's code involved.
+    #[arg(long)]
+    dense: bool,
+    #[command(flatten)]
+    serving: ServingArguments,
     /// Text as it comes, or one JSON object.
     #[arg(long, value_enum, default_value = "table")]
     format: Format,
@@ -88,9 +94,18 @@ pub fn greedy(
 pub fn run(arguments: &GenerateArguments) -> Result<()> {
     let model = arguments.model.load()?;
     let prompt = model.tokenizer().encode(&arguments.prompt)?;
-    let mut layers = arguments.model.dense(&model, RowType::from(arguments.model.row_type))?;
+    let row_type = RowType::from(arguments.model.row_type);
     let mut shown = Shown { model: &model, ids: Vec::new(), bytes: 0, live: arguments.format == Format::Table };
-    let continuation = greedy(&model, &prompt, arguments.count, &mut layers, &mut |token| shown.push(token))?;
+    let mut each = |token| shown.push(token);
+    let continuation = if arguments.dense {
+        let mut layers = arguments.model.dense(&model, row_type)?;
+        greedy(&model, &prompt, arguments.count, &mut layers, &mut each)?
+    } else {
+        // The last token of the prompt is always run, so a prefix hit must end before it.
+        let prefix = &prompt[..prompt.len().saturating_sub(1)];
+        let mut served = arguments.serving.open(&model, row_type, prefix, prompt.len() + arguments.count)?;
+        greedy(&model, &prompt, arguments.count, &mut served.layers, &mut each)?
+    };
     if arguments.format == Format::Json {
         let text = model.tokenizer().decode(&continuation.token_ids)?;
         println!("{}", serde_json::json!({ "text": text, "result": continuation }));

@@ -11,6 +11,8 @@ pub mod generator;
 pub mod model;
 #[cfg(feature = "model")]
 pub mod perplexity;
+#[cfg(feature = "model")]
+pub mod record;
 pub mod report;
 pub mod statistics;
 pub mod stress;

@@ -26,6 +26,9 @@ enum Command {
     /// Score a text with a real model, with dense attention and through Sluice.
     #[cfg(feature = "model")]
     Perplexity(sluice_bench::perplexity::PerplexityArguments),
+    /// Record queries, keys and selections of a real model.
+    #[cfg(feature = "model")]
+    Record(sluice_bench::record::RecordArguments),
 }
 
 fn main() -> Result<()> {
@@ -37,5 +40,7 @@ fn main() -> Result<()> {
         Command::Generate(arguments) => sluice_bench::generate::run(&arguments),
         #[cfg(feature = "model")]
         Command::Perplexity(arguments) => sluice_bench::perplexity::run(&arguments),
+        #[cfg(feature = "model")]
+        Command::Record(arguments) => sluice_bench::record::run(&arguments),
     }
 }

@@ -10,7 +10,7 @@ use super::input::hash_tokens;
 use super::{Model, PREFILL_TOKENS, Pieces};
 
 /// Seed of the sample that quantiles are taken of.
-const SEED: u64 = 1;
+pub const CALIBRATION_SEED: u64 = 1;
 
 /// A dense cache that shows every piece to a calibrator.
 struct Calibrating {
@@ -43,7 +43,7 @@ impl AttentionLayers for Calibrating {
 /// No tokens, or a token outside the vocabulary.
 pub fn calibrate(model: &Model, plan: &LabelPlan, token_ids: &[u32], each: &mut dyn FnMut(usize)) -> Result<Calibration> {
     let shape = model.shape(RowType::F32)?;
-    let calibrator = Calibrator::new(&shape, plan, &hash_tokens(token_ids), SEED);
+    let calibrator = Calibrator::new(&shape, plan, &hash_tokens(token_ids), CALIBRATION_SEED);
     let mut layers = Calibrating { layers: DenseLayers::new(shape)?, calibrator };
     let pieces = Pieces { tokens: PREFILL_TOKENS, phase: Phase::Prefill };
     model.forward_pieces(token_ids, pieces, &mut layers, &mut |hidden| {

@@ -29,7 +29,7 @@ use anyhow::{Context, Result, bail};
 use sluice_kernels::shape::{LaneKind, ModelShape, RowType};
 
 pub use attention::{AttentionLayers, Phase, Piece};
-pub use calibrating::calibrate;
+pub use calibrating::{CALIBRATION_SEED, calibrate};
 pub use config::{Config, Family, RotaryBase, RotaryLayout};
 pub use dense::DenseLayers;
 pub use gguf::Gguf;

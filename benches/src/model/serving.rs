@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use sluice_client::{Attach, Client, ClientConfig, ModelRegistration, OpenOptions, RotaryLayout as WireRotary};
+use sluice_client::{Attach, Client, ClientConfig, ModelRegistration, OnlineCalibration, OpenOptions, RotaryLayout as WireRotary};
 use sluice_kernels::budget::Settings;
 use sluice_kernels::device::DeviceKind;
 use sluice_kernels::label::{Calibration, LabelPlan};
@@ -44,6 +44,7 @@ pub struct ServingArguments {
     #[arg(long, value_name = "SOCKET")]
     pub endpoint: Option<String>,
     /// Text (or, ending in .json, token ids) whose queries and keys calibrate the labels; a different one from the text that is scored.
+    /// Without it a session calibrates on its own first tokens, as many as --calibrate-tokens, and attends densely until then.
     #[arg(long, value_name = "PATH")]
     pub calibrate_on: Option<PathBuf>,
     /// At most so many tokens of it.
@@ -106,10 +107,10 @@ impl ServingArguments {
         let shape = model.shape(row_type)?;
         let head_dim = shape.layers.iter().find(|layer| layer.kind == LaneKind::Selected).map(|layer| layer.head_dim);
         let plan = self.label.plan(head_dim.context("the model has no full-attention layer to select from")?);
-        let calibration = self.calibration(model, &plan)?;
+        let labels = Labels { calibration: self.calibration(model, &plan)?, plan };
         let (steps, daemon) = match self.attach {
-            AttachName::Process => (self.process(&shape, calibration, tokens)?, None),
-            AttachName::Direct | AttachName::Stream => self.session(model, &shape, &calibration, prompt, tokens)?,
+            AttachName::Process => (self.process(&shape, labels.calibration.clone(), tokens)?, None),
+            AttachName::Direct | AttachName::Stream => self.session(model, &shape, &labels, prompt, tokens)?,
         };
         let matched_tokens = steps.length();
         let mass = if matched_tokens == 0 { Some(MassMeter::new(&shape)?) } else { None };
@@ -120,10 +121,12 @@ impl ServingArguments {
         };
         let layers = ServedLayers::new(shape, steps, mass);
         let hot = self.hot_rows > 0 && self.attach == AttachName::Direct;
-        Ok(Served { layers, plan, ratio: self.ratio, attach, matched_tokens, hot, daemon })
+        Ok(Served { layers, plan: labels.plan, ratio: self.ratio, attach, matched_tokens, hot, daemon })
     }
 
-    fn settings(&self) -> Settings {
+    /// Settings of decode steps.
+    #[must_use]
+    pub fn settings(&self) -> Settings {
         Settings { budget: self.ratio.budget(self.floor_tokens), exact_tokens: self.exact_tokens, ..Settings::default() }
     }
 
@@ -131,20 +134,19 @@ impl ServingArguments {
         if self.threads == 0 { std::thread::available_parallelism().map_or(1, std::num::NonZero::get) } else { self.threads }
     }
 
-    fn calibration(&self, model: &Model, plan: &LabelPlan) -> Result<Calibration> {
-        let Some(path) = &self.calibrate_on else {
-            bail!("--calibrate-on: missing; sparse attention needs a text to calibrate labels on (--dense needs none)");
-        };
+    fn calibration(&self, model: &Model, plan: &LabelPlan) -> Result<Option<Calibration>> {
+        let Some(path) = &self.calibrate_on else { return Ok(None) };
         let mut ids = read_tokens(path, model.tokenizer())?;
         ids.truncate(self.calibrate_tokens.0);
         ensure!(!ids.is_empty(), "--calibrate-on {}: no tokens", path.display());
-        calibrate(model, plan, &ids, &mut |_| ())
+        calibrate(model, plan, &ids, &mut |_| ()).map(Some)
     }
 
-    fn process(&self, shape: &ModelShape, calibration: Calibration, tokens: usize) -> Result<Box<dyn Steps>> {
+    fn process(&self, shape: &ModelShape, calibration: Option<Calibration>, tokens: usize) -> Result<Box<dyn Steps>> {
+        ensure!(calibration.is_some(), "--calibrate-on: missing; --attach process cannot calibrate on the prompt");
         let options = LocalOptions {
             shape: shape.clone(),
-            calibration: Some(calibration),
+            calibration,
             settings: self.settings(),
             tokens,
             device: self.device,
@@ -153,50 +155,42 @@ impl ServingArguments {
         Ok(Box::new(LocalSteps::new(&options)?))
     }
 
-    fn session(
-        &self,
-        model: &Model,
-        shape: &ModelShape,
-        calibration: &Calibration,
-        prompt: &[u32],
-        tokens: usize,
-    ) -> Result<(Box<dyn Steps>, Option<LocalDaemon>)> {
-        let daemon = if self.endpoint.is_none() { Some(LocalDaemon::start(&self.spec(shape, calibration, tokens))?) } else { None };
+    fn session(&self, model: &Model, shape: &ModelShape, labels: &Labels, prompt: &[u32], tokens: usize) -> Result<SessionAndDaemon> {
+        let daemon = if self.endpoint.is_none() { Some(LocalDaemon::start(&self.spec(shape, &labels.plan, tokens))?) } else { None };
         let endpoint = match (&self.endpoint, &daemon) {
             (Some(endpoint), _) => endpoint.clone(),
             (None, Some(daemon)) => daemon.socket().to_string_lossy().into_owned(),
             (None, None) => bail!("--endpoint: missing"),
         };
         let client = Client::connect(&endpoint, ClientConfig::default())?;
-        let rotary = match model.config().rotary_layout() {
-            RotaryLayout::Halves => WireRotary::HalfSplit,
-            RotaryLayout::Pairs => WireRotary::Interleaved,
-        };
-        let registration = ModelRegistration {
-            name: "sluice-bench".to_owned(),
-            weights_digest: model.digest().to_vec(),
-            shape: shape.clone(),
-            rotary,
-            namespace: String::new(),
-        };
-        let registered = client.register_model(&registration, Some(calibration))?;
-        let in_force = client.set_calibration(&registered, calibration)?;
-        ensure!(
-            in_force.calibration == *calibration,
-            "--calibrate-on: the daemon has another calibration of this model, which stays in force"
-        );
-        let attach = match self.attach {
-            AttachName::Stream => Attach::Stream,
-            AttachName::Direct | AttachName::Process => Attach::Direct { device: self.device, threads: self.threads() },
-        };
-        let hot_rows = if self.attach == AttachName::Direct { self.hot_rows } else { 0 };
-        let options = OpenOptions { attach, settings: Some(self.settings()), open_slots: OPEN_SLOTS, hot_rows, ..OpenOptions::default() };
-        let session = client.open(&registered, prompt, &options)?;
+        let registered = client.register_model(&registration(model, shape), None)?;
+        if let Some(calibration) = &labels.calibration {
+            let in_force = client.set_calibration(&registered, calibration)?;
+            let same = in_force.calibration == *calibration;
+            ensure!(same, "--calibrate-on: the daemon has another calibration of this model, which stays in force");
+        }
+        let session = client.open(&registered, prompt, &self.open_options(labels))?;
         ensure!(session.run_tokens_max() >= PREFILL_TOKENS, "open slots: runs of {} tokens", session.run_tokens_max());
         Ok((Box::new(SessionSteps::new(session)), daemon))
     }
 
-    fn spec(&self, shape: &ModelShape, calibration: &Calibration, tokens: usize) -> DaemonSpec {
+    fn open_options(&self, labels: &Labels) -> OpenOptions {
+        let attach = match self.attach {
+            AttachName::Stream => Attach::Stream,
+            AttachName::Direct | AttachName::Process => Attach::Direct { device: self.device, threads: self.threads() },
+        };
+        let online = OnlineCalibration { plan: labels.plan.clone(), tokens: self.calibrate_tokens.0 };
+        OpenOptions {
+            attach,
+            settings: Some(self.settings()),
+            open_slots: OPEN_SLOTS,
+            hot_rows: if self.attach == AttachName::Direct { self.hot_rows } else { 0 },
+            calibrate: labels.calibration.is_none().then_some(online),
+            ..OpenOptions::default()
+        }
+    }
+
+    fn spec(&self, shape: &ModelShape, plan: &LabelPlan, tokens: usize) -> DaemonSpec {
         let token_bytes: u64 = shape.layers.iter().map(|layer| (layer.lanes() * layer.row_bytes(shape.row_type)) as u64).sum();
         let lanes: u64 = shape.layers.iter().map(|layer| layer.lanes() as u64).sum();
         let chunk_bytes = 256 * token_bytes;
@@ -206,7 +200,7 @@ impl ServingArguments {
             binary: self.sluice_bin.clone(),
             arena_parent: self.arena_parent.clone(),
             arena_bytes,
-            label_bytes: arena_bytes / token_bytes * lanes * calibration.plan.label_bytes() as u64,
+            label_bytes: arena_bytes / token_bytes * lanes * plan.label_bytes() as u64,
             open_bytes: 4 * u64::from(OPEN_SLOTS) * chunk_bytes + (64 << 20),
             sequence_tokens: (tokens as u64).max(1 << 15),
             device: self.device,
@@ -217,3 +211,25 @@ impl ServingArguments {
 
 /// Growing chunks of the sequence.
 const OPEN_SLOTS: u32 = 8;
+
+/// The label plan of a run, and its calibration where there is a text for it.
+struct Labels {
+    plan: LabelPlan,
+    calibration: Option<Calibration>,
+}
+
+type SessionAndDaemon = (Box<dyn Steps>, Option<LocalDaemon>);
+
+fn registration(model: &Model, shape: &ModelShape) -> ModelRegistration {
+    let rotary = match model.config().rotary_layout() {
+        RotaryLayout::Halves => WireRotary::HalfSplit,
+        RotaryLayout::Pairs => WireRotary::Interleaved,
+    };
+    ModelRegistration {
+        name: "sluice-bench".to_owned(),
+        weights_digest: model.digest().to_vec(),
+        shape: shape.clone(),
+        rotary,
+        namespace: String::new(),
+    }
+}
