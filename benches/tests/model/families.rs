@@ -1,17 +1,10 @@
 //! Every family on a tiny random model against the independent implementation, and against itself in pieces of other sizes.
 
-use crate::support::{dense, largest_difference, logits_in_pieces, prefill, reference, tiny};
-use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
+use crate::support::{dense, largest_difference, logits_in_pieces, prefill, random_ids, reference, tiny};
 use sluice_bench::model::{Model, Phase, Pieces, RotaryLayout, Weights};
 use sluice_kernels::shape::{LaneKind, RowType};
 
 const TOKENS: usize = 160;
-
-fn random_ids(count: usize) -> Vec<u32> {
-    let mut random = StdRng::seed_from_u64(11);
-    (0..count).map(|_| random.random_range(3..260)).collect()
-}
 
 fn check_family(family: &str) -> Model {
     let folder = tempfile::tempdir().expect("a folder");

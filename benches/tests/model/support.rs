@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use sluice_bench::model::{AttentionLayers, DenseLayers, Model, Phase, Pieces};
 use sluice_kernels::shape::RowType;
 
@@ -39,6 +41,12 @@ pub(crate) fn tiny(family: &str, seed: u32, folder: &Path) -> PathBuf {
     let path = folder.join(format!("{family}.gguf"));
     run(Command::new(python()).arg(benches().join("reference/tiny.py")).arg(family).arg(seed.to_string()).arg(&path));
     path
+}
+
+/// Token ids that every tiny vocabulary has, always the same.
+pub(crate) fn random_ids(count: usize) -> Vec<u32> {
+    let mut random = StdRng::seed_from_u64(11);
+    (0..count).map(|_| random.random_range(3..260)).collect()
 }
 
 /// What the independent implementation says.
