@@ -19,7 +19,7 @@ use super::served::{ServedLayers, Steps};
 use super::session::SessionSteps;
 use super::{Model, PREFILL_TOKENS};
 use crate::daemon::{DaemonSpec, LocalDaemon};
-use crate::stress::options::LabelChoice;
+use crate::workload::LabelChoice;
 use crate::units::{Ratio, TokenCount};
 
 /// How the worker reaches its rows.
