@@ -4,11 +4,13 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use rustix::process::{Pid, Signal, kill_process};
 use sluice_client::{Attach, Client, ClientConfig, ModelRegistration, OnlineCalibration, OpenOptions, RotaryLayout as WireRotary};
 use sluice_kernels::budget::Settings;
 use sluice_kernels::device::DeviceKind;
 use sluice_kernels::label::{Calibration, LabelPlan};
 use sluice_kernels::shape::{LaneKind, ModelShape, RowType};
+use sluice_kernels::slot::CHUNK_TOKENS;
 
 use super::calibrating::calibrate;
 use super::config::RotaryLayout;
@@ -19,8 +21,8 @@ use super::served::{ServedLayers, Steps};
 use super::session::SessionSteps;
 use super::{Model, PREFILL_TOKENS};
 use crate::daemon::{DaemonSpec, LocalDaemon};
-use crate::workload::LabelChoice;
 use crate::units::{Ratio, TokenCount};
+use crate::workload::LabelChoice;
 
 /// How the worker reaches its rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -71,6 +73,10 @@ pub struct ServingArguments {
     /// Threads of the decoder; 0: all cores.
     #[arg(long, default_value_t = 0)]
     pub threads: usize,
+    /// Stop the daemon of the run (SIGSTOP) once the sequence is open: the worker must not notice (direct only). Open slots for the whole
+    /// text are asked for.
+    #[arg(long)]
+    pub stop_daemon: bool,
     /// The daemon's binary [default: sluice beside this binary].
     #[arg(long, env = "SLUICE_BIN", value_name = "PATH")]
     pub sluice_bin: Option<PathBuf>,
@@ -93,8 +99,32 @@ pub struct Served {
     pub matched_tokens: usize,
     /// Whether fetched rows are kept.
     pub hot: bool,
-    /// The daemon of the run.
-    pub daemon: Option<LocalDaemon>,
+    daemon: Option<LocalDaemon>,
+    stopped: bool,
+}
+
+impl Served {
+    /// Stops the daemon of the run until the sequence is dropped.
+    fn stop_daemon(&mut self) -> Result<()> {
+        let daemon = self.daemon.as_ref().context("--stop-daemon: only the daemon of the run can be stopped, not that of --endpoint")?;
+        signal(daemon.pid(), Signal::STOP)?;
+        self.stopped = true;
+        Ok(())
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        if let Some(daemon) = self.daemon.as_ref().filter(|_| self.stopped) {
+            // The session is closed after this, and somebody must answer; a daemon that is gone needs no signal.
+            let _ = signal(daemon.pid(), Signal::CONT);
+        }
+    }
+}
+
+fn signal(process: u32, signal: Signal) -> Result<()> {
+    let process = i32::try_from(process).ok().and_then(Pid::from_raw).context("the daemon has no process id")?;
+    kill_process(process, signal).with_context(|| format!("{signal:?} to the daemon"))
 }
 
 impl ServingArguments {
@@ -121,7 +151,12 @@ impl ServingArguments {
         };
         let layers = ServedLayers::new(shape, steps, mass);
         let hot = self.hot_rows > 0 && self.attach == AttachName::Direct;
-        Ok(Served { layers, plan: labels.plan, ratio: self.ratio, attach, matched_tokens, hot, daemon })
+        let mut served = Served { layers, plan: labels.plan, ratio: self.ratio, attach, matched_tokens, hot, daemon, stopped: false };
+        if self.stop_daemon {
+            ensure!(self.attach == AttachName::Direct, "--stop-daemon: a daemon can only be missed with --attach direct");
+            served.stop_daemon()?;
+        }
+        Ok(served)
     }
 
     /// Settings of decode steps.
@@ -169,12 +204,12 @@ impl ServingArguments {
             let same = in_force.calibration == *calibration;
             ensure!(same, "--calibrate-on: the daemon has another calibration of this model, which stays in force");
         }
-        let session = client.open(&registered, prompt, &self.open_options(labels))?;
+        let session = client.open(&registered, prompt, &self.open_options(labels, tokens))?;
         ensure!(session.run_tokens_max() >= PREFILL_TOKENS, "open slots: runs of {} tokens", session.run_tokens_max());
         Ok((Box::new(SessionSteps::new(session)), daemon))
     }
 
-    fn open_options(&self, labels: &Labels) -> OpenOptions {
+    fn open_options(&self, labels: &Labels, tokens: usize) -> OpenOptions {
         let attach = match self.attach {
             AttachName::Stream => Attach::Stream,
             AttachName::Direct | AttachName::Process => Attach::Direct { device: self.device, threads: self.threads() },
@@ -183,17 +218,23 @@ impl ServingArguments {
         OpenOptions {
             attach,
             settings: Some(self.settings()),
-            open_slots: OPEN_SLOTS,
+            open_slots: self.open_slots(tokens),
             hot_rows: if self.attach == AttachName::Direct { self.hot_rows } else { 0 },
             calibrate: labels.calibration.is_none().then_some(online),
             ..OpenOptions::default()
         }
     }
 
+    /// Growing chunks of the sequence; for a daemon that is stopped, all of its chunks.
+    fn open_slots(&self, tokens: usize) -> u32 {
+        let all = tokens.div_ceil(CHUNK_TOKENS) as u32 + 1;
+        if self.stop_daemon { all.max(OPEN_SLOTS) } else { OPEN_SLOTS }
+    }
+
     fn spec(&self, shape: &ModelShape, plan: &LabelPlan, tokens: usize) -> DaemonSpec {
         let token_bytes: u64 = shape.layers.iter().map(|layer| (layer.lanes() * layer.row_bytes(shape.row_type)) as u64).sum();
         let lanes: u64 = shape.layers.iter().map(|layer| layer.lanes() as u64).sum();
-        let chunk_bytes = 256 * token_bytes;
+        let chunk_bytes = CHUNK_TOKENS as u64 * token_bytes;
         // Twice the sequence: segments come in large pieces, one kind for full attention and one for windows.
         let arena_bytes = (2 * tokens as u64 * token_bytes + 16 * chunk_bytes).max(1 << 30);
         DaemonSpec {
@@ -201,7 +242,7 @@ impl ServingArguments {
             arena_parent: self.arena_parent.clone(),
             arena_bytes,
             label_bytes: arena_bytes / token_bytes * lanes * plan.label_bytes() as u64,
-            open_bytes: 4 * u64::from(OPEN_SLOTS) * chunk_bytes + (64 << 20),
+            open_bytes: 4 * u64::from(self.open_slots(tokens)) * chunk_bytes + (64 << 20),
             sequence_tokens: (tokens as u64).max(1 << 15),
             device: self.device,
             threads: self.threads(),
@@ -209,7 +250,7 @@ impl ServingArguments {
     }
 }
 
-/// Growing chunks of the sequence.
+/// Growing chunks of a sequence whose daemon seals.
 const OPEN_SLOTS: u32 = 8;
 
 /// The label plan of a run, and its calibration where there is a text for it.

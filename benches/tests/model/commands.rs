@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::BufReader;
-use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
@@ -12,16 +11,10 @@ use sluice_kernels::label::{Calibrator, LabelPlan};
 use sluice_kernels::recording::{Block, RecordingReader};
 use sluice_kernels::shape::RowType;
 
-use crate::support::{random_ids, reference, tiny};
+use crate::support::{random_ids, reference, tiny, write_ids};
 
 fn bench() -> Command {
     Command::new(env!("CARGO_BIN_EXE_sluice-bench"))
-}
-
-fn write_ids(folder: &Path, name: &str, ids: &[u32]) -> std::path::PathBuf {
-    let path = folder.join(name);
-    std::fs::write(&path, serde_json::to_vec(ids).expect("json")).expect("write ids");
-    path
 }
 
 fn json(command: &mut Command) -> Value {

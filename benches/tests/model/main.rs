@@ -2,6 +2,7 @@
 #![cfg(feature = "model")]
 
 mod commands;
+mod daemon;
 mod families;
 mod gemma;
 mod served;

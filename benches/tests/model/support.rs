@@ -49,6 +49,13 @@ pub(crate) fn random_ids(count: usize) -> Vec<u32> {
     (0..count).map(|_| random.random_range(3..260)).collect()
 }
 
+/// Writes token ids as the commands read them.
+pub(crate) fn write_ids(folder: &Path, name: &str, ids: &[u32]) -> PathBuf {
+    let path = folder.join(name);
+    std::fs::write(&path, serde_json::to_vec(ids).expect("json")).expect("write ids");
+    path
+}
+
 /// What the independent implementation says.
 pub(crate) struct Reference {
     /// `[position asked for][vocabulary]`.
