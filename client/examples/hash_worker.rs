@@ -7,7 +7,8 @@
 //! verified <rows>
 //! done
 //! ```
-//! Every fifth token it stores its position as opaque state (Direct).
+//! Every fifth token it stores its position as opaque state (Direct). Before token GATE (0: none) it waits for a line on its input, so that
+//! it cannot be done before its fate has come.
 
 #[path = "../tests/support/mod.rs"]
 mod support;
@@ -34,12 +35,14 @@ struct Arguments {
     target: usize,
     resume: Option<u64>,
     pause: Duration,
+    gate: usize,
 }
 
 fn arguments() -> Option<Arguments> {
     let mut words = std::env::args().skip(1);
     let mut number = || words.next()?.parse::<u64>().ok();
-    let (seed, prompt, target, resume, pause) = (number()?, number()?, number()?, number()?, number()?);
+    let (seed, prompt, target) = (number()?, number()?, number()?);
+    let (resume, pause, gate) = (number()?, number()?, number()?);
     let (socket, model, attach) = (words.next()?, words.next()?, words.next()?);
     Some(Arguments {
         socket,
@@ -50,12 +53,13 @@ fn arguments() -> Option<Arguments> {
         target: target as usize,
         resume: Some(resume).filter(|&id| id != 0),
         pause: Duration::from_micros(pause),
+        gate: gate as usize,
     })
 }
 
 fn main() -> ExitCode {
     let Some(arguments) = arguments() else {
-        eprintln!("usage: hash_worker SEED PROMPT TARGET RESUME_ID PAUSE_US SOCKET MODEL direct|stream");
+        eprintln!("usage: hash_worker SEED PROMPT TARGET RESUME_ID PAUSE_US GATE SOCKET MODEL direct|stream");
         return ExitCode::FAILURE;
     };
     match work(&arguments) {
@@ -109,6 +113,10 @@ fn advance(session: &mut Session, arguments: &Arguments, ids: &[u32], paths: &[u
         return try_fill(session, &ids[..end]);
     }
     let position = session.length();
+    if position == arguments.gate {
+        // The end of the input is as good as a line.
+        let _ = std::io::stdin().read_line(&mut String::new());
+    }
     let outputs = decode(session, ids, paths, AttendMode::Sparse)?;
     let bytes: Vec<u8> = bits(&outputs).iter().flat_map(|word| word.to_le_bytes()).collect();
     say(&format!("token {position} {:016x}", xxh3_64(&bytes)));

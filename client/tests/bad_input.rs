@@ -4,11 +4,11 @@ mod support;
 
 use sluice_client::{Attach, AttendMode, Client, ClientError, Stats};
 use sluice_kernels::budget::Settings;
-use sluice_kernels::shape::RowType;
+use sluice_kernels::shape::{ModelShape, RowType};
 use sluice_proto::v1::sluice_client::SluiceClient;
 use sluice_proto::v1::{self, Answer};
 use support::daemon::{Daemon, DaemonOptions};
-use support::rows::{path_hashes, query_of, rows_of, token_ids};
+use support::rows::{path_hashes, query_of, rows_of, selected, token_ids};
 use support::{ask, bits, decode, fill, options, plain_shape, register, verify_rows};
 use tokio::runtime::Runtime;
 use tonic::transport::Channel;
@@ -192,7 +192,7 @@ fn steps(raw: &Raw, lease: v1::LeaseRef, ids: &[u32], position: usize) -> Vec<Ca
     ]
 }
 
-fn histories(raw: &Raw, lease: v1::LeaseRef) -> Vec<Case> {
+fn histories(raw: &Raw, lease: v1::LeaseRef, untouched: v1::LeaseRef) -> Vec<Case> {
     let stale = Some(v1::LeaseRef { generation: lease.generation + 3, ..lease });
     let (lease, position) = (Some(lease), 501);
     let bad = Code::InvalidArgument;
@@ -200,7 +200,9 @@ fn histories(raw: &Raw, lease: v1::LeaseRef) -> Vec<Case> {
     let truncate = raw.call(async |client| client.truncate(v1::TruncateRequest { lease, position }).await);
     let old = raw.call(async |client| client.truncate(v1::TruncateRequest { lease: stale, position: 0 }).await);
     let close = raw.call(async |client| client.close(v1::CloseRequest { lease: stale }).await);
-    let lanes = raw.call(async |client| client.attach(v1::AttachRequest { lease, first_lane: 1, lane_count: 2 }).await);
+    let lanes = v1::AttachRequest { lease: Some(untouched), first_lane: 1, lane_count: 2 };
+    let lanes = raw.call(async |client| client.attach(lanes).await);
+    let streamed = raw.call(async |client| client.attach(v1::AttachRequest { lease, ..Default::default() }).await);
     let calibrate = |json: &str| {
         let calibration_json = json.as_bytes().to_vec().into();
         raw.call(async move |client| client.set_calibration(v1::SetCalibrationRequest { model_id: 1, calibration_json }).await)
@@ -210,7 +212,8 @@ fn histories(raw: &Raw, lease: v1::LeaseRef) -> Vec<Case> {
         case("truncate beyond the end", truncate, bad, &["position", "501", "500"]),
         case("truncate by a stale lease", old, Code::FailedPrecondition, &["generation"]),
         case("close by a stale lease", close, Code::FailedPrecondition, &["generation"]),
-        case("lane out of range", lanes, bad, &["lane"]),
+        case("lane out of range", lanes, bad, &["lane", "3", "2"]),
+        case("attach of a sequence that the daemon decodes", streamed, Code::FailedPrecondition, &["decoded by the daemon"]),
         case("calibration that is no JSON", calibrate("{"), bad, &["calibration"]),
     ]
 }
@@ -265,13 +268,18 @@ fn bad_input_is_named_and_changes_nothing() {
     fill(&mut session, &ids[..500]);
     session.wait_sealed(256, std::time::Duration::from_secs(10)).expect("sealed");
     let lease = v1::LeaseRef { sequence_id: session.sequence_id(), generation: session.generation() };
+    // A sequence that nobody has used yet, of a model whose layers have two lanes each.
+    let even = ModelShape { row_type: RowType::F32, layers: vec![selected(2, 2, 64), selected(4, 2, 64)] };
+    let model_id = register(&client, "even", &even).id();
+    let untouched = raw.call(async |client| client.open(v1::OpenRequest { model_id, ..Default::default() }).await).expect("open");
+    let untouched = untouched.lease.expect("lease");
     let before = client.stats().expect("stats");
     let expected = ask(&mut session, 499, 0, AttendMode::Dense);
 
     let mut cases = models(&raw);
     cases.extend(opens(&raw, model.id()));
     cases.extend(steps(&raw, lease, &ids, 500));
-    cases.extend(histories(&raw, lease));
+    cases.extend(histories(&raw, lease, untouched));
     let wrong: Vec<String> = cases.iter().filter_map(Case::check).collect();
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
     calibrations(&client, &model);
