@@ -1,7 +1,7 @@
 //! The wire of Sluice and nothing else: generated types and service of `sluice.v1`.
 
 /// Generated from `sluice/v1/*.proto`, which is also their documentation.
-#[expect(missing_docs, clippy::pedantic, reason = "generated code; the .proto files document it")]
+#[expect(missing_docs, clippy::allow_attributes, clippy::pedantic, reason = "generated code; the .proto files document it")]
 pub mod v1 {
     tonic::include_proto!("sluice.v1");
 }

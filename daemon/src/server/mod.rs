@@ -8,6 +8,8 @@ mod listen;
 mod room;
 mod signals;
 mod stage;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::net::SocketAddr;

@@ -2,5 +2,6 @@
 
 mod calibrate;
 mod config;
+mod metrics;
 mod server;
 mod support;
