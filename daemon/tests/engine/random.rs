@@ -1,10 +1,8 @@
 //! Random histories against a naive model: tokens in memory, rows as a function of the path.
 
-mod engine_support;
-
 use std::collections::HashSet;
 
-use engine_support::{append, check_rows, check_slots, config, crash, open, peer, register, shape, start, tokens};
+use crate::support::{append, check_rows, check_slots, config, crash, open, peer, register, shape, start, tokens};
 use proptest::prelude::*;
 use sluice_daemon::engine::command::{Fork, LeaseKey};
 use sluice_daemon::engine::{EngineError, EngineHandle};
@@ -146,7 +144,7 @@ async fn history(windowed: bool, acts: Vec<Act>) {
             Act::Append(_, piece) => {
                 let Live { lease, mut tokens } = naive.live.swap_remove(which);
                 let first = tokens.len();
-                tokens.extend(engine_support::tokens(piece.count, piece.seed));
+                tokens.extend(crate::support::tokens(piece.count, piece.seed));
                 naive.extend(&engine, lease, &tokens, first).await;
                 naive.live.push(Live { lease, tokens });
             }
