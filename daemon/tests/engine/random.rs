@@ -178,10 +178,10 @@ async fn history(windowed: bool, acts: Vec<Act>) {
         stats = engine.stats().await.expect("stats");
     }
     assert_eq!((stats.sequences_held, stats.chunks_held, stats.open_slot_bytes), (0, 0, 0), "nothing is held");
+    engine.shutdown().await.expect("stopped");
     let left = std::fs::read_dir(folder.path().join("arena")).expect("the arena folder").flatten();
     let left: Vec<String> = left.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     assert!(left.iter().all(|name| name == "journal.redb" || name.starts_with("seg-")), "files have leaked: {left:?}");
-    engine.shutdown().await.expect("stopped");
 }
 
 fn run(windowed: bool, acts: Vec<Act>) {
