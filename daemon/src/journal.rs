@@ -180,14 +180,14 @@ pub enum Edit {
     Sequence(SequenceRecord),
     /// Removes a sequence with its path.
     DropSequence(u64),
-    /// Sets one chunk of a path.
+    /// Sets chunks of a path.
     Path {
         /// Sequence.
         sequence: u64,
-        /// Index of the chunk.
-        index: u32,
-        /// Chunk.
-        chunk: u64,
+        /// Index of the first of them.
+        first: u32,
+        /// Chunks.
+        chunks: Vec<u64>,
     },
     /// Cuts a path.
     CutPath {
@@ -385,9 +385,11 @@ fn apply(write: &redb::WriteTransaction, edit: &Edit) -> Result<(), JournalError
             remove(write, SEQUENCES, *id)?;
             cut_path(write, *id, 0)
         }
-        Edit::Path { sequence, index, chunk } => {
+        Edit::Path { sequence, first, chunks } => {
             let mut paths = write.open_table(PATHS).map_err(JournalError::database)?;
-            paths.insert((*sequence, *index), chunk).map_err(JournalError::database)?;
+            for (index, chunk) in (*first..).zip(chunks) {
+                paths.insert((*sequence, index), chunk).map_err(JournalError::database)?;
+            }
             Ok(())
         }
         Edit::CutPath { sequence, keep } => cut_path(write, *sequence, *keep),

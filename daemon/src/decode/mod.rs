@@ -4,6 +4,7 @@ mod error;
 mod host;
 mod work;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,9 @@ use host::Hosts;
 
 /// How often sequences of ended leases are let go of.
 const SWEEP: Duration = Duration::from_millis(250);
+
+/// How often the engine is told that a lease is used: it matters to leases without a local process only.
+const TOUCH: Duration = Duration::from_secs(1);
 
 /// What a step answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,7 +139,7 @@ pub fn start(engine: EngineHandle) -> Result<DecodeHandle, EngineError> {
     let device = open_device(&config)?;
     let (sender, receiver) = bounded(config.decode_queue);
     let name = Arc::from(device.name());
-    let mut thread = DecodeThread { decoder: Decoder::new(device), hosts: Hosts::new(engine.clone()), engine };
+    let mut thread = DecodeThread { decoder: Decoder::new(device), hosts: Hosts::new(engine.clone()), touched: HashMap::new(), engine };
     let spawned = std::thread::Builder::new().name("sluice-decode".to_owned()).spawn(move || thread.run(&receiver));
     spawned.map_err(|error| EngineError::Internal(format!("start the decode thread: {error}")))?;
     Ok(DecodeHandle { sender, device: name })
@@ -156,6 +160,8 @@ struct DecodeThread {
     engine: EngineHandle,
     decoder: Decoder,
     hosts: Hosts,
+    /// When the engine was last told that a lease is used.
+    touched: HashMap<LeaseKey, Instant>,
 }
 
 impl DecodeThread {
@@ -170,6 +176,7 @@ impl DecodeThread {
             if next_sweep <= Instant::now() {
                 next_sweep = Instant::now() + SWEEP;
                 self.hosts.sweep();
+                self.touched.retain(|_, at| at.elapsed() <= TOUCH);
                 if *self.engine.state().borrow() != EngineState::Ready {
                     return;
                 }
@@ -195,6 +202,10 @@ impl DecodeThread {
 
     fn step(&mut self, step: &StepWork) -> Result<StepDone, DecodeError> {
         let begin = Instant::now();
+        if self.touched.get(&step.lease).is_none_or(|at| at.elapsed() > TOUCH) {
+            self.touched.insert(step.lease, begin);
+            self.engine.touch(step.lease);
+        }
         let sequence = self.hosts.sequence(step.lease)?;
         let done = work::perform(&mut self.decoder, sequence, step)?;
         if step.answer != Answer::Nothing {

@@ -32,6 +32,18 @@ impl Engine {
         self.arena.allocate(model, class)
     }
 
+    /// Makes the next segment before the last slot is taken: a holder that appends fast must not wait for memory to be zeroed.
+    pub(crate) fn grow_ahead(&mut self, model: u64, class: SlotClass, wanted: u64) {
+        let Some(slot_bytes) = self.models.get(&model).filter(|state| state.has(class)).map(|state| state.class(class).slot_bytes) else {
+            return;
+        };
+        let segment_slots = self.config.segment_bytes / slot_bytes.max(1);
+        let low_water = wanted.max(segment_slots / 8);
+        if !self.growing.contains_key(&(model, class)) && self.arena.free_slots(model, class) < low_water {
+            self.grow(model, class);
+        }
+    }
+
     /// Drops a chunk of the cache.
     fn shed(&mut self, id: u64) {
         self.clear_end(id);

@@ -7,7 +7,7 @@ use sluice_kernels::budget::{Budget, Settings};
 use sluice_kernels::shared::board::Board;
 use sluice_kernels::shared::folder::create_allocated;
 use sluice_kernels::shared::open::{OpenFile, OpenLayout};
-use sluice_kernels::slot::CHUNK_TOKENS;
+use sluice_kernels::slot::{CHUNK_TOKENS, SlotClass};
 
 use crate::engine::command::{LeaseKey, Open, Opened, Peer};
 use crate::engine::error::EngineError;
@@ -65,6 +65,9 @@ impl Engine {
         self.counters.prefix_hit_tokens.add(position);
         self.counters.prefix_miss_tokens.add(request.tokens.len() as u64 - position);
         let model = request.model;
+        for class in [SlotClass::Selected, SlotClass::Window] {
+            self.grow_ahead(model, class, u64::from(open_slots).max(1));
+        }
         let lease = self.create(NewSequence { model, root, settings, open_slots, prompt_chunks, path, position, holder })?;
         Ok(Outcome::Done(self.opened(lease, settings)))
     }
@@ -160,9 +163,11 @@ impl Engine {
             open_slots: new.open_slots,
             prompt_chunks: new.prompt_chunks as u32,
         };
-        for (index, &chunk) in new.path.iter().enumerate() {
+        for &chunk in &new.path {
             self.chunks.hold(chunk);
-            self.edits.push(Edit::Path { sequence: id, index: index as u32, chunk });
+        }
+        if !new.path.is_empty() {
+            self.edits.push(Edit::Path { sequence: id, first: 0, chunks: new.path.clone() });
         }
         self.edits.push(Edit::Sequence(record.clone()));
         let sequence = SequenceState {

@@ -30,7 +30,12 @@ use crate::seal::Job;
 
 impl Engine {
     /// Opens the arena folder and brings the engine to where the journal says it was.
-    pub(crate) fn recover(config: EngineConfig, counters: Arc<Counters>, jobs: Sender<Job>) -> Result<Self, EngineError> {
+    pub(crate) fn recover(
+        config: EngineConfig,
+        counters: Arc<Counters>,
+        jobs: Sender<Job>,
+        makers: Sender<Job>,
+    ) -> Result<Self, EngineError> {
         config.check()?;
         let folder = Folder(config.arena_dir.clone());
         DirBuilder::new().recursive(true).mode(0o700).create(folder.path()).map_err(|error| {
@@ -54,6 +59,7 @@ impl Engine {
             relabeling: BTreeMap::new(),
             growing: HashMap::new(),
             jobs,
+            makers,
             next_id: snapshot.next_id,
             reserved_id: snapshot.next_id,
             next_segment: snapshot.next_segment,
@@ -70,6 +76,7 @@ impl Engine {
         engine.take_up(snapshot)?;
         engine.check_room()?;
         engine.settle()?;
+        engine.delete_doomed();
         engine.set_levels();
         Ok(engine)
     }
@@ -195,11 +202,13 @@ impl Engine {
         }
     }
 
-    /// Limbo is not journaled: a live holder may be in a step over slots that are free by the journal, so they wait for it.
+    /// Limbo is not journaled: a live worker may be in a step over slots that are free by the journal, so they wait for it. The last
+    /// daemon's own decoder died with it and reads nothing any more.
     fn hold_back_free_slots(&mut self) {
         let models: Vec<u64> = self.models.keys().copied().collect();
         for model in models {
-            let of_model = self.sequences.values().filter(|sequence| sequence.record.model == model && sequence.is_held());
+            let of_model = self.sequences.values().filter(|sequence| sequence.record.model == model);
+            let of_model = of_model.filter(|sequence| sequence.is_held() && sequence.record.direct);
             let readers: Vec<(u64, u64)> = of_model.map(|sequence| (sequence.id(), sequence.record.generation)).collect();
             if !readers.is_empty() {
                 let slots = self.arena.take_free(model);

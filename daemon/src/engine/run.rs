@@ -43,10 +43,15 @@ enum Fault {
 /// A configuration that cannot work, an arena folder in use, too little room, a damaged journal.
 pub(super) fn start(config: EngineConfig, counters: Arc<Counters>) -> Result<EngineHandle, EngineError> {
     let (job_sender, job_receiver) = bounded(JOB_QUEUE);
+    let (maker_sender, maker_receiver) = bounded(JOB_QUEUE);
     let (result_sender, result_receiver) = bounded(JOB_QUEUE);
-    let engine = Engine::recover(config, Arc::clone(&counters), job_sender)?;
+    let engine = Engine::recover(config, Arc::clone(&counters), job_sender, maker_sender)?;
     let config = Arc::clone(&engine.config);
-    let pool = start_pool(&config, &counters, &job_receiver, &result_sender)?;
+    let mut pool = Vec::new();
+    for index in 0..config.seal_threads {
+        pool.push(start_worker(&format!("sluice-seal-{index}"), &config, &counters, &job_receiver, &result_sender)?);
+    }
+    pool.push(start_worker("sluice-maker", &config, &counters, &maker_receiver, &result_sender)?);
     let (commands, command_receiver) = bounded(config.command_queue);
     let (state_sender, state) = watch::channel(EngineState::Ready);
     let boot_epoch = engine.boot_epoch;
@@ -59,24 +64,21 @@ pub(super) fn start(config: EngineConfig, counters: Arc<Counters>) -> Result<Eng
     Ok(EngineHandle { decoder, keeper, ..inner })
 }
 
-fn start_pool(
+fn start_worker(
+    name: &str,
     config: &EngineConfig,
     counters: &Arc<Counters>,
     jobs: &Receiver<Job>,
     results: &Sender<JobResult>,
-) -> Result<Vec<JoinHandle<()>>, EngineError> {
+) -> Result<JoinHandle<()>, EngineError> {
     let kind = match config.device {
         DecoderDevice::Reference => sluice_kernels::device::DeviceKind::Reference,
         DecoderDevice::Cpu { .. } => sluice_kernels::device::DeviceKind::Cpu,
     };
-    let mut pool = Vec::new();
-    for index in 0..config.seal_threads {
-        let device = sluice_kernels::device::open(kind, 1).map_err(|error| EngineError::Internal(error.to_string()))?;
-        let worker = Worker { device, counters: Arc::clone(counters), scratch: Vec::new() };
-        let (jobs, results) = (jobs.clone(), results.clone());
-        pool.push(spawn(&format!("sluice-seal-{index}"), move || serve(worker, &jobs, &results))?);
-    }
-    Ok(pool)
+    let device = sluice_kernels::device::open(kind, 1).map_err(|error| EngineError::Internal(error.to_string()))?;
+    let worker = Worker { device, counters: Arc::clone(counters), scratch: Vec::new() };
+    let (jobs, results) = (jobs.clone(), results.clone());
+    spawn(name, move || serve(worker, &jobs, &results))
 }
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, EngineError> {
@@ -128,6 +130,7 @@ fn run(engine: &mut Engine, commands: &Receiver<Command>, results: &Receiver<Job
             recv(commands) -> command => match command {
                 Ok(command) => {
                     if let Some(end) = engine.commands(command, commands)? {
+                        engine.delete_doomed();
                         return Ok(end);
                     }
                 }
@@ -141,6 +144,7 @@ fn run(engine: &mut Engine, commands: &Receiver<Command>, results: &Receiver<Job
             engine.settle()?;
         }
         engine.retry_waiting()?;
+        engine.delete_doomed();
         next_tick = now + engine.next_tick(now);
     }
 }

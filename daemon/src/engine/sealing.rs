@@ -33,6 +33,9 @@ impl Engine {
             }
             return;
         };
+        for class in [SlotClass::Selected, SlotClass::Window] {
+            self.grow_ahead(model, class, 1);
+        }
         self.start_seal(id, chunk, slots);
     }
 
@@ -181,7 +184,7 @@ impl Engine {
         let index = sequence.path.len();
         sequence.path.push(chunk);
         let is_prompt_end = index + 1 == sequence.record.prompt_chunks as usize;
-        self.edits.push(Edit::Path { sequence: id, index: index as u32, chunk });
+        self.edits.push(Edit::Path { sequence: id, first: index as u32, chunks: vec![chunk] });
         if is_prompt_end {
             self.mark_end(chunk);
         }

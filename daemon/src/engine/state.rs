@@ -73,6 +73,7 @@ pub(crate) struct Engine {
     /// Bytes of segments that are being made, by model and class.
     pub(crate) growing: HashMap<(u64, SlotClass), u64>,
     pub(crate) jobs: Sender<Job>,
+    pub(crate) makers: Sender<Job>,
     pub(crate) next_id: u64,
     pub(crate) reserved_id: u64,
     pub(crate) next_segment: u32,
@@ -159,17 +160,26 @@ impl Engine {
         for answer in self.answers.drain(..) {
             answer();
         }
+        Ok(())
+    }
+
+    /// Deletes files that the journal has forgotten; after the answers, because giving memory back takes time.
+    pub(crate) fn delete_doomed(&mut self) {
+        if !self.edits.is_empty() {
+            return;
+        }
         for path in self.doomed.drain(..) {
             if let Err(error) = std::fs::remove_file(&path) {
                 tracing::warn!(path = %path.display(), %error, "cannot delete a file of the arena");
             }
         }
-        Ok(())
     }
 
     fn start_jobs(&mut self) {
         while let Some(job) = self.planned.pop_front() {
-            if let Err(TrySendError::Full(job)) = self.jobs.try_send(job) {
+            // Segments are made by a thread of their own, so that sealing goes on meanwhile.
+            let queue = if matches!(job, Job::Segment(_)) { &self.makers } else { &self.jobs };
+            if let Err(TrySendError::Full(job)) = queue.try_send(job) {
                 self.planned.push_front(job);
                 return;
             }

@@ -1,5 +1,6 @@
 //! What the engine does without being asked: reads headers, plans seals, empties limbo, looks after leases.
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use sluice_kernels::slot::CHUNK_TOKENS;
@@ -41,10 +42,12 @@ impl Engine {
 
     fn settle_limbo(&mut self) {
         let sequences = &self.sequences;
+        // Each header is read once a round, however many entries wait for it.
+        let mut read = HashMap::new();
         let settled = self.limbo.settle(|id, generation| {
             let sequence = sequences.get(&id).filter(|sequence| sequence.is_held() && sequence.record.generation == generation)?;
             // A header that cannot be read belongs to a holder that cut its own file: it can fault only itself.
-            sequence.open.words().ok()
+            *read.entry(id).or_insert_with(|| sequence.open.words().ok())
         });
         for what in settled {
             match what {

@@ -1,10 +1,8 @@
 //! Random histories against a naive model: tokens in memory, rows as a function of the path.
 
-mod engine_support;
-
 use std::collections::HashSet;
 
-use engine_support::{append, check_rows, check_slots, config, crash, open, peer, register, shape, start, tokens};
+use crate::support::{append, check_rows, check_slots, config, crash, open, peer, register, shape, start, tokens};
 use proptest::prelude::*;
 use sluice_daemon::engine::command::{Fork, LeaseKey};
 use sluice_daemon::engine::{EngineError, EngineHandle};
@@ -146,7 +144,7 @@ async fn history(windowed: bool, acts: Vec<Act>) {
             Act::Append(_, piece) => {
                 let Live { lease, mut tokens } = naive.live.swap_remove(which);
                 let first = tokens.len();
-                tokens.extend(engine_support::tokens(piece.count, piece.seed));
+                tokens.extend(crate::support::tokens(piece.count, piece.seed));
                 naive.extend(&engine, lease, &tokens, first).await;
                 naive.live.push(Live { lease, tokens });
             }
@@ -180,10 +178,10 @@ async fn history(windowed: bool, acts: Vec<Act>) {
         stats = engine.stats().await.expect("stats");
     }
     assert_eq!((stats.sequences_held, stats.chunks_held, stats.open_slot_bytes), (0, 0, 0), "nothing is held");
+    engine.shutdown().await.expect("stopped");
     let left = std::fs::read_dir(folder.path().join("arena")).expect("the arena folder").flatten();
     let left: Vec<String> = left.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     assert!(left.iter().all(|name| name == "journal.redb" || name.starts_with("seg-")), "files have leaked: {left:?}");
-    engine.shutdown().await.expect("stopped");
 }
 
 fn run(windowed: bool, acts: Vec<Act>) {

@@ -1,8 +1,6 @@
 //! Append, seal, and finding a prefix again.
 
-mod engine_support;
-
-use engine_support::{append, check_rows, check_slots, config, open, register, shape, start, tokens};
+use crate::support::{append, check_rows, check_slots, config, open, register, shape, start, tokens};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_open_finds_every_full_chunk_and_the_same_rows() {
@@ -10,7 +8,7 @@ async fn a_second_open_finds_every_full_chunk_and_the_same_rows() {
     let engine = start(config(folder.path()));
     for window in [None, Some(600)] {
         let shape = shape(window);
-        let request = sluice_daemon::engine::command::RegisterModel { name: format!("{window:?}"), ..engine_support::registration(&shape) };
+        let request = sluice_daemon::engine::command::RegisterModel { name: format!("{window:?}"), ..crate::support::registration(&shape) };
         let model = engine.register_model(request).await.expect("registered").model;
         let prompt = tokens(2100, 1);
         let first = open(&engine, model, &prompt).await;
@@ -41,7 +39,7 @@ async fn namespaces_and_extra_keys_keep_prefixes_apart() {
     let engine = start(config(folder.path()));
     let shape = shape(None);
     let model = register(&engine, &shape).await;
-    let request = sluice_daemon::engine::command::RegisterModel { namespace: "other".to_owned(), ..engine_support::registration(&shape) };
+    let request = sluice_daemon::engine::command::RegisterModel { namespace: "other".to_owned(), ..crate::support::registration(&shape) };
     let elsewhere = engine.register_model(request).await.expect("registered").model;
     let prompt = tokens(600, 3);
     let lease = open(&engine, model, &prompt).await.lease;
@@ -50,7 +48,7 @@ async fn namespaces_and_extra_keys_keep_prefixes_apart() {
 
     assert_eq!(open(&engine, model, &prompt).await.matched_tokens, 512);
     assert_eq!(open(&engine, elsewhere, &prompt).await.matched_tokens, 0, "another namespace sees nothing");
-    let mut request = engine_support::open_request(model, &prompt);
+    let mut request = crate::support::open_request(model, &prompt);
     request.extra_keys = vec![b"adapter".to_vec()];
     assert_eq!(engine.open(request).await.expect("opened").matched_tokens, 0, "another adapter sees nothing");
 }

@@ -1,11 +1,9 @@
 //! What a killed daemon finds again, and what it must not serve.
 
-mod engine_support;
-
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
-use engine_support::{append, check_rows, check_slots, config, crash, open, open_request, register, registration, shape, start, tokens};
+use crate::support::{append, check_rows, check_slots, config, crash, open, open_request, register, registration, shape, start, tokens};
 use sluice_daemon::engine::command::{LeaseKey, Peer, SequenceStatus};
 use sluice_daemon::engine::{EngineError, EngineHandle};
 
