@@ -128,7 +128,7 @@ pub struct DecodeSection {
     pub device: DeviceName,
     /// Threads of the cpu device; 0: all cores. Default: 0. At most 1024.
     pub threads: usize,
-    /// Bytes of hot rows a sequence may have; 0: the decoder's default. Default: 0.
+    /// Bytes of hot rows a sequence may have; 0: none, every selected row is read from its slot. Default: 0.
     pub hot_bytes: ByteCount,
     /// Tokens that a lane selects in a step, as a part of the length (`1/16`), or `dense`. Default: `1/16`.
     pub ratio: RatioText,

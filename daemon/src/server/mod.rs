@@ -24,7 +24,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
-use crate::config::Config;
+use crate::config::{ByteCount, Config};
 use crate::engine::EngineError;
 use crate::engine::EngineState;
 use crate::engine::{Counters, Engine, EngineHandle};
@@ -33,6 +33,9 @@ use crate::{http, metrics};
 pub use room::RoomError;
 use stage::StageBoard;
 pub use stage::{SERVICE_NAME, Stage};
+
+/// Time between lines of progress.
+const PROGRESS: Duration = Duration::from_secs(1);
 
 /// Where a ready daemon can be reached.
 #[derive(Clone, Debug, Serialize)]
@@ -146,9 +149,11 @@ async fn live(config: Config, announce: impl FnOnce(&Reachable)) -> Result<(), S
     let mut endpoints = JoinSet::new();
     let grpc = grpc::start(&config.grpc, grpc::Listeners { socket, tcp }, health, &stage, &mut endpoints)?;
 
+    let arena = config.engine.arena_dir.clone();
     let started = tokio::task::spawn_blocking(move || Engine::start(config.engine, counters));
     let engine = tokio::select! {
         started = started => joined(started)??,
+        never = log_progress(arena) => match never {},
         () = signals.next() => {
             info!("stopped before the arena was ready");
             return Ok(());
@@ -186,6 +191,16 @@ async fn stop(engine: &EngineHandle, stage: &StageBoard, mut endpoints: JoinSet<
     }
     stage.set(Stage::Stopped).await;
     info!("stopped");
+}
+
+/// Says how far the arena is, until the engine has started.
+async fn log_progress(folder: PathBuf) -> std::convert::Infallible {
+    let begin = std::time::Instant::now();
+    loop {
+        let bytes = room::folder_bytes(&folder).unwrap_or_default();
+        info!(folder = %folder.display(), held = %ByteCount(bytes), seconds = begin.elapsed().as_secs(), "preparing the arena");
+        tokio::time::sleep(PROGRESS).await;
+    }
 }
 
 /// Returns when the engine can no longer be used.

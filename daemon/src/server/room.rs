@@ -143,7 +143,7 @@ fn raise(resource: Resource, name: &'static str, needed: u64) -> Result<(), Room
 }
 
 /// Bytes that the files of an earlier daemon hold already.
-fn folder_bytes(folder: &Path) -> std::io::Result<u64> {
+pub(super) fn folder_bytes(folder: &Path) -> std::io::Result<u64> {
     let mut bytes = 0;
     for entry in std::fs::read_dir(folder)? {
         bytes += entry?.metadata()?.blocks() * 512;

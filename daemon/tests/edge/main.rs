@@ -4,4 +4,5 @@ mod calibrate;
 mod config;
 mod metrics;
 mod server;
+mod status;
 mod support;
