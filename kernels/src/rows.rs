@@ -60,7 +60,7 @@ fn pack_elements(level: Level, row_type: RowType, from: &[f32], to: &mut [u8]) {
 #[must_use]
 pub fn first_non_finite(rows: &[u8], row_type: RowType) -> Option<usize> {
     match row_type {
-        RowType::F32 => first_with_exponent::<4>(rows, |bytes| u32::from_le_bytes(bytes), 0x7F80_0000),
+        RowType::F32 => first_with_exponent::<4>(rows, u32::from_le_bytes, 0x7F80_0000),
         RowType::F16 => first_with_exponent::<2>(rows, |bytes| u32::from(u16::from_le_bytes(bytes)), u32::from(f16::INFINITY.to_bits())),
         RowType::Bf16 => first_with_exponent::<2>(rows, |bytes| u32::from(u16::from_le_bytes(bytes)), u32::from(bf16::INFINITY.to_bits())),
     }

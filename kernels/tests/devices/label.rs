@@ -68,7 +68,7 @@ fn decoding_gives_the_codes_that_were_encoded() {
         let plan: LabelPlan = plan.parse().expect("a plan");
         let widths: Vec<u8> = plan.groups().iter().flat_map(|group| vec![group.bits; usize::from(group.channels)]).collect();
         let codes: Vec<u16> = (0..256 * widths.len())
-            .map(|index| ((index as u64 * 2_654_435_761 >> 7) as u32 % (1 << widths[index % widths.len()])) as u16)
+            .map(|index| (((index as u64 * 2_654_435_761) >> 7) as u32 % (1 << widths[index % widths.len()])) as u16)
             .collect();
         let mut page = vec![0xFF; 256 * plan.label_bytes()];
         encode(&plan, &codes, &mut page);

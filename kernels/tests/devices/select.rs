@@ -66,10 +66,13 @@ fn by_sorting(keys: &[u16], count: usize, sinks: usize) -> Vec<u32> {
     picked
 }
 
+/// The key of a row.
+type Key = Box<dyn Fn(usize) -> u16>;
+
 #[test]
 fn long_lanes_are_selected_exactly_whatever_their_keys() {
     let hash = |row: usize| ((row as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 40) as u32;
-    let kinds: [(&str, Box<dyn Fn(usize) -> u16>); 7] = [
+    let kinds: [(&str, Key); 7] = [
         ("spread", Box::new(move |row| hash(row) as u16)),
         ("few values", Box::new(move |row| (hash(row) % 5) as u16 * 9000)),
         ("all equal", Box::new(|_| 777)),

@@ -238,18 +238,17 @@ impl Block<'_> {
         let weights: [&[f32; BLOCK]; G] = std::array::from_fn(|head| &self.scores.as_chunks::<BLOCK>().0[first + head]);
         // The second half of the next block: this tile's share of its rows, all lines of a row together.
         let (row_bytes, mut place, mut line) = (2 * self.dim * E::BYTES, BLOCK / 2 + channel * BLOCK / 2 / self.dim, 0);
-        for index in 0..self.rows.count {
+        for (index, &row) in self.rows.rows[..self.rows.count].iter().enumerate() {
             if first == 0 {
-                let row = self.ahead[place % BLOCK];
+                let next = self.ahead[place % BLOCK];
                 for _ in 0..V * E::BYTES / 4 {
-                    simd.prefetch(row.wrapping_add(line));
+                    simd.prefetch(next.wrapping_add(line));
                     line += 64;
                 }
                 if line >= row_bytes {
                     (place, line) = (place + 1, 0);
                 }
             }
-            let row = self.rows.rows[index];
             // SAFETY: a row has `2 * dim` elements, and `channel + 16 * V` is at most `dim`.
             let value: [S::Floats; V] = std::array::from_fn(|v| unsafe { E::load(simd, row.add(offset + v * 16 * E::BYTES)) });
             for head in 0..G {

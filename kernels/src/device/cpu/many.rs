@@ -43,6 +43,9 @@ pub(super) struct Room {
     keep: Vec<f32>,
 }
 
+/// Takes a query token, a query head, its output and its log-sum-exp.
+pub(super) type Write<'a> = dyn Fn(usize, usize, &[f32], f32) + 'a;
+
 /// One tile of queries of one lane.
 pub(super) struct QueryTile<'a, E> {
     pub(super) job: &'a ManyJob<'a>,
@@ -51,8 +54,7 @@ pub(super) struct QueryTile<'a, E> {
     pub(super) first: usize,
     pub(super) count: usize,
     pub(super) room: &'a mut Room,
-    /// Called with query token, query head, output and log-sum-exp.
-    pub(super) write: &'a dyn Fn(usize, usize, &[f32], f32),
+    pub(super) write: &'a Write<'a>,
     pub(super) element: PhantomData<E>,
 }
 

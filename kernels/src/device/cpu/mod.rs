@@ -222,6 +222,7 @@ impl Cpu {
 ///
 /// # Safety
 /// As [`Parts::part`].
+#[expect(clippy::mut_from_ref, reason = "that parts do not overlap is the caller's promise")]
 unsafe fn output_one<'a>(parts: &'a Parts<'_, f32>, index: usize) -> &'a mut f32 {
     // SAFETY: the caller's promise.
     unsafe { &mut parts.part(index..index + 1)[0] }

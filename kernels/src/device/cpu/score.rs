@@ -365,7 +365,7 @@ impl Task for KeysOfChunk<'_> {
                 for (sum, weights) in sums.iter_mut().zip(weights.as_chunks::<16>().0) {
                     // SAFETY: 16 elements.
                     let weight = unsafe { simd.load_u16(weights.as_ptr()) };
-                    *sum = simd.mul_add(simd.from_bits(simd.shl::<KEY_SHIFT>(weight)), factor, *sum);
+                    *sum = simd.mul_add(simd.floats_of(simd.shl::<KEY_SHIFT>(weight)), factor, *sum);
                 }
             }
             let keys = &mut self.keys[part * 16 * AT_ONCE..(part + 1) * 16 * AT_ONCE];

@@ -230,7 +230,7 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn from_bits(self, a: [__m256i; 2]) -> [__m256; 2] {
+    fn floats_of(self, a: [__m256i; 2]) -> [__m256; 2] {
         both!(_mm256_castsi256_ps, a)
     }
 

@@ -215,7 +215,7 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn from_bits(self, a: __m512i) -> __m512 {
+    fn floats_of(self, a: __m512i) -> __m512 {
         proven!(_mm512_castsi512_ps(a))
     }
 

@@ -22,7 +22,7 @@ pub(crate) fn exp2_coarse<S: Simd>(simd: S, x: S::Floats) -> S::Floats {
     let sum = simd.mul_add(sum, part, simd.splat(2.402_265e-1));
     let sum = simd.mul_add(sum, part, simd.splat(6.931_472e-1));
     let sum = simd.mul_add(sum, part, simd.splat(1.0));
-    simd.from_bits(simd.add_words(simd.bits(sum), simd.shl::<23>(simd.bits(shifted))))
+    simd.floats_of(simd.add_words(simd.bits(sum), simd.shl::<23>(simd.bits(shifted))))
 }
 
 /// `2^n` times a polynomial of x - n, where n is x rounded to nearest.

@@ -103,7 +103,7 @@ pub(super) trait Simd: Copy {
     /// The bits of each f32.
     fn bits(self, a: Self::Floats) -> Self::Words;
     /// The f32 of each word's bits.
-    fn from_bits(self, a: Self::Words) -> Self::Floats;
+    fn floats_of(self, a: Self::Words) -> Self::Floats;
     /// Each word, as a signed integer, in f32.
     fn to_floats(self, a: Self::Words) -> Self::Floats;
     /// Whole numbers between 0 and 65,535 as words.

@@ -188,7 +188,7 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
-    fn from_bits(self, a: [u32; 16]) -> [f32; 16] {
+    fn floats_of(self, a: [u32; 16]) -> [f32; 16] {
         a.map(f32::from_bits)
     }
 
