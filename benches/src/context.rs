@@ -87,12 +87,22 @@ impl LongContext {
         Attach::Direct { device: self.workload.device, threads: self.workload.threads() }
     }
 
-    /// Opens a sequence over `ids`.
+    /// Opens a new sequence to fill with `ids`.
+    ///
+    /// # Errors
+    /// The daemon refuses, or knows some of it.
+    pub fn open_new(&self, settings: Settings, attach: Attach) -> Result<Session> {
+        let session = self.open(&self.ids, settings, attach, Workload::OPEN_SLOTS)?;
+        ensure!(session.matched_tokens() == 0, "{} tokens are known to a fresh daemon", session.matched_tokens());
+        Ok(session)
+    }
+
+    /// Opens a sequence over `ids` with so many open slots; 0: the daemon's default.
     ///
     /// # Errors
     /// The daemon refuses.
-    pub fn open(&self, ids: &[u32], settings: Settings, attach: Attach) -> Result<Session> {
-        let open = OpenOptions { attach, settings: Some(settings), open_slots: Workload::OPEN_SLOTS, ..OpenOptions::default() };
+    pub fn open(&self, ids: &[u32], settings: Settings, attach: Attach, open_slots: u32) -> Result<Session> {
+        let open = OpenOptions { attach, settings: Some(settings), open_slots, ..OpenOptions::default() };
         self.client.open(&self.model, ids, &open).context("open")
     }
 
@@ -101,7 +111,7 @@ impl LongContext {
     /// # Errors
     /// The daemon refuses, or does not know all of it.
     pub fn open_known(&self, settings: Settings, attach: Attach) -> Result<Session> {
-        let session = self.open(&self.ids, settings, attach)?;
+        let session = self.open(&self.ids, settings, attach, 0)?;
         let (matched, context) = (session.matched_tokens(), self.ids.len());
         ensure!(matched == context, "{matched} of {context} sealed tokens are found again");
         Ok(session)

@@ -120,7 +120,7 @@ pub(crate) fn within(flag: &str, value: usize, low: usize, high: usize) -> Resul
 }
 
 impl Workload {
-    /// Open slots of every sequence.
+    /// Open slots of a sequence that is filled; the others take the daemon's default, which is fewer.
     pub const OPEN_SLOTS: u32 = 8;
     /// Rows that every budget has at least.
     pub const FLOOR_TOKENS: u32 = 256;

@@ -88,7 +88,7 @@ type Samples = Vec<[f64; 3]>;
 
 fn measure(options: &AttachOptions, context: &LongContext, daemon: &LocalDaemon, ratio: Ratio) -> Result<Samples> {
     let settings = options.workload.settings(ratio);
-    let mut filled = context.open(&context.ids, settings, context.direct())?;
+    let mut filled = context.open_new(settings, context.direct())?;
     context.fill(&mut filled, context.ids.len())?;
     context.wait_sealed(&mut filled)?;
     let (shape, plan) = (options.workload.shape(), options.workload.plan());

@@ -48,8 +48,7 @@ impl Bench {
     fn work(&self) -> Result<WorkerOutcome> {
         let context = &self.context;
         let last_piece = context.ids.len() - self.options.prefill_tokens;
-        let mut filled = context.open(&context.ids, Settings::default(), self.attach())?;
-        ensure!(filled.matched_tokens() == 0, "{} tokens are known to a fresh daemon", filled.matched_tokens());
+        let mut filled = context.open_new(Settings::default(), self.attach())?;
         let fill = context.fill(&mut filled, last_piece)?;
         let prefill = self.prefill(&mut filled, last_piece)?;
         let seal_seconds = context.wait_sealed(&mut filled)?;
@@ -97,7 +96,7 @@ impl Bench {
         for round in 0..StressOptions::REOPENS {
             progress("second open", round, StressOptions::REOPENS)?;
             let begin = Instant::now();
-            let session = self.context.open(&self.context.ids[..tokens], Settings::default(), self.attach())?;
+            let session = self.context.open(&self.context.ids[..tokens], Settings::default(), self.attach(), 0)?;
             outcome.open_ms.push(begin.elapsed().as_secs_f64() * 1e3);
             outcome.appended_tokens = outcome.appended_tokens.max(tokens - session.matched_tokens());
             session.close()?;
