@@ -27,6 +27,16 @@ pub enum RowTypeName {
     Bf16,
 }
 
+impl From<RowTypeName> for RowType {
+    fn from(name: RowTypeName) -> Self {
+        match name {
+            RowTypeName::F32 => Self::F32,
+            RowTypeName::F16 => Self::F16,
+            RowTypeName::Bf16 => Self::Bf16,
+        }
+    }
+}
+
 /// A label plan by name or by groups.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -147,12 +157,7 @@ impl Workload {
             head_dim: self.head_dim,
             softmax_scale: f32::from(self.head_dim).sqrt().recip(),
         };
-        let row_type = match self.row_type {
-            RowTypeName::F32 => RowType::F32,
-            RowTypeName::F16 => RowType::F16,
-            RowTypeName::Bf16 => RowType::Bf16,
-        };
-        ModelShape { row_type, layers: vec![layer; usize::from(self.layers)] }
+        ModelShape { row_type: self.row_type.into(), layers: vec![layer; usize::from(self.layers)] }
     }
 
     /// The label plan.

@@ -8,6 +8,7 @@ use clap::Args;
 use super::linear::Weights;
 use super::tokenizer::Tokenizer;
 use super::{DenseLayers, Model};
+use crate::workload::RowTypeName;
 use sluice_kernels::shape::RowType;
 
 /// Which model, and how its numbers are kept.
@@ -32,27 +33,6 @@ pub enum WeightsName {
     F32,
     /// [`Weights::Quantized`].
     Quantized,
-}
-
-/// `--row-type`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum RowTypeName {
-    /// [`RowType::F32`].
-    F32,
-    /// [`RowType::F16`].
-    F16,
-    /// [`RowType::Bf16`].
-    Bf16,
-}
-
-impl From<RowTypeName> for RowType {
-    fn from(name: RowTypeName) -> Self {
-        match name {
-            RowTypeName::F32 => Self::F32,
-            RowTypeName::F16 => Self::F16,
-            RowTypeName::Bf16 => Self::Bf16,
-        }
-    }
 }
 
 impl ModelArguments {

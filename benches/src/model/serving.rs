@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
 use rustix::process::{Pid, Signal, kill_process};
 use sluice_client::{Attach, Client, ClientConfig, ModelRegistration, OnlineCalibration, OpenOptions, RotaryLayout as WireRotary};
 use sluice_kernels::budget::Settings;
@@ -174,7 +175,11 @@ impl ServingArguments {
         let mut ids = read_tokens(path, model.tokenizer())?;
         ids.truncate(self.calibrate_tokens.0);
         ensure!(!ids.is_empty(), "--calibrate-on {}: no tokens", path.display());
-        calibrate(model, plan, &ids, &mut |_| ()).map(Some)
+        let style = ProgressStyle::with_template("calibrating {bar:40} {pos}/{len} tokens, {eta} left")?;
+        let bar = ProgressBar::new(ids.len() as u64).with_style(style);
+        let calibration = calibrate(model, plan, &ids, &mut |tokens| bar.inc(tokens as u64));
+        bar.finish_and_clear();
+        calibration.map(Some)
     }
 
     fn process(&self, shape: &ModelShape, calibration: Option<Calibration>, tokens: usize) -> Result<Box<dyn Steps>> {
