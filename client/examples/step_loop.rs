@@ -32,8 +32,8 @@ fn main() -> ExitCode {
         (0..2).map(|layer| paths.iter().map(|path| rows_of(std::slice::from_ref(path), layer, &shape)).collect()).collect();
     let query = |position: usize, layer: usize| query_of(position, layer, &shape.layers[layer]);
     let queries: Vec<Vec<Vec<f32>>> = (0..2).map(|layer| (0..ids.len()).map(|position| query(position, layer)).collect()).collect();
-    let mut output = vec![0.0; 4 * 64];
-    let mut log_sum_exp = vec![0.0; 4];
+    let mut output = [0.0; 4 * 64];
+    let mut log_sum_exp = [0.0; 4];
     let mut decode = |position: usize| {
         session.begin(&ids[position..position + 1]).expect("begin");
         for layer in 0..2 {
