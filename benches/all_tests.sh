@@ -8,3 +8,4 @@ SLUICE_TEST_GGUF="$(python3 benches/model.py gguf)"
 export SLUICE_TEST_GGUF
 export SLUICE_BIN="$PWD/target/release/sluice"
 cargo test --release --locked --workspace --features sluice-bench/model
+bash docs/examples/python/test.sh
