@@ -140,7 +140,12 @@ pub fn start(engine: EngineHandle) -> Result<DecodeHandle, EngineError> {
     let (sender, receiver) = bounded(config.decode_queue);
     let name = Arc::from(device.name());
     let mut thread = DecodeThread { decoder: Decoder::new(device), hosts: Hosts::new(engine.clone()), touched: HashMap::new(), engine };
-    let spawned = std::thread::Builder::new().name("sluice-decode".to_owned()).spawn(move || thread.run(&receiver));
+    let spawned = std::thread::Builder::new().name("sluice-decode".to_owned()).spawn(move || {
+        thread.run(&receiver);
+        drop(thread);
+        // Work that was sent while it ended is let go of, so that its callers learn of it; a channel keeps it otherwise.
+        receiver.iter().for_each(drop);
+    });
     spawned.map_err(|error| EngineError::Internal(format!("start the decode thread: {error}")))?;
     Ok(DecodeHandle { sender, device: name })
 }

@@ -55,7 +55,11 @@ pub(super) fn start(config: EngineConfig, counters: Arc<Counters>) -> Result<Eng
     let (commands, command_receiver) = bounded(config.command_queue);
     let (state_sender, state) = watch::channel(EngineState::Ready);
     let boot_epoch = engine.boot_epoch;
-    let run = move || supervise(engine, &command_receiver, &result_receiver, pool, &state_sender);
+    let run = move || {
+        supervise(engine, &command_receiver, &result_receiver, pool, &state_sender);
+        // Commands that were sent while it ended are let go of, so that their callers learn of it; a channel keeps them otherwise.
+        command_receiver.iter().for_each(drop);
+    };
     spawn("sluice-engine", run)?;
     let inner = EngineHandle { commands, state, boot_epoch, counters, config, decoder: None, keeper: None };
     let keeper = Some(Arc::new(Keeper(inner.commands.clone())));
