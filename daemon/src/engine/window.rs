@@ -143,7 +143,8 @@ impl Engine {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         let Some(model) = self.models.get(&sequence.record.model) else { return };
         sequence.window_from = model.window_floor(position as usize).min(sequence.path.len());
-        for chunk in sequence.path[sequence.window_from..].to_vec() {
+        let needed = sequence.path[sequence.window_from..].to_vec();
+        for chunk in needed {
             self.need_window(chunk);
         }
     }

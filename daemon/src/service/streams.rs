@@ -169,7 +169,7 @@ fn step_result(engine: &EngineHandle, sequence_id: u64, result: Result<StepDone,
         .into_iter()
         .map(|lane| v1::LaneRows { positions: lane.positions.into_iter().map(u64::from).collect(), rows: lane.rows.into() });
     let costs = &done.report;
-    let report = report.then(|| v1::StepReport {
+    let report = report.then_some(v1::StepReport {
         selected_rows: costs.selected_rows,
         hot_rows: costs.hot_rows,
         row_bytes: costs.row_bytes,
