@@ -60,7 +60,8 @@ impl LongContext {
     pub fn start(workload: Workload, socket: &Path, progress: Progress) -> Result<Self> {
         let generator = Generator::new(&workload.shape(), workload.seed);
         let endpoint = socket.to_str().ok_or_else(|| anyhow!("{}: not UTF-8", socket.display()))?;
-        let client = Client::connect(endpoint, ClientConfig::default()).context("connect")?;
+        let config = ClientConfig { message_bytes_max: workload.message_bytes(), ..ClientConfig::default() };
+        let client = Client::connect(endpoint, config).context("connect")?;
         let registration = ModelRegistration {
             name: GENERATOR_NAME.to_owned(),
             weights_digest: workload.seed.to_le_bytes().to_vec(),

@@ -25,6 +25,8 @@ pub struct DaemonSpec {
     pub open_bytes: u64,
     /// Tokens of the longest sequence.
     pub sequence_tokens: u64,
+    /// Bytes of the largest message.
+    pub message_bytes: u64,
     /// Device of the daemon's decoder.
     pub device: DeviceKind,
     /// Its threads.
@@ -67,6 +69,7 @@ impl LocalDaemon {
         for (key, value) in [
             ("arena.open_bytes", spec.open_bytes),
             ("limits.sequence_tokens", spec.sequence_tokens),
+            ("limits.message_bytes", spec.message_bytes),
             ("seal.threads", spec.threads.min(2) as u64),
         ] {
             command.arg("--set").arg(format!("{key}={value}"));
@@ -205,6 +208,7 @@ mod tests {
             label_bytes: 0,
             open_bytes: 0,
             sequence_tokens: 1024,
+            message_bytes: 1 << 26,
             device: DeviceKind::Cpu,
             threads: 1,
         };

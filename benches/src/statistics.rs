@@ -2,20 +2,23 @@
 
 use crate::generator::Random;
 
-/// Median and worst of a number of measurements.
+/// Best, median and worst of a number of measurements.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Spread {
+    /// Smallest value: what it takes when nothing else runs.
+    pub best: f64,
     /// Middle value; of an even number the mean of the two in the middle.
     pub median: f64,
     /// Largest value.
     pub worst: f64,
 }
 
-/// Median and largest of `values`; `None` of none.
+/// Smallest, median and largest of `values`; `None` of none.
 #[must_use]
 pub fn spread(values: &[f64]) -> Option<Spread> {
     let worst = values.iter().copied().max_by(f64::total_cmp)?;
-    Some(Spread { median: median(values)?, worst })
+    let best = values.iter().copied().min_by(f64::total_cmp)?;
+    Some(Spread { best, median: median(values)?, worst })
 }
 
 /// Middle value; of an even number the mean of the two in the middle; `None` of none.
@@ -63,9 +66,9 @@ mod tests {
     #[test]
     fn the_median_is_the_middle_and_the_worst_the_largest() {
         assert_eq!(spread(&[]), None);
-        assert_eq!(spread(&[3.0]), Some(Spread { median: 3.0, worst: 3.0 }));
-        assert_eq!(spread(&[9.0, 1.0, 2.0]), Some(Spread { median: 2.0, worst: 9.0 }));
-        assert_eq!(spread(&[4.0, 1.0, 9.0, 2.0]), Some(Spread { median: 3.0, worst: 9.0 }));
+        assert_eq!(spread(&[3.0]), Some(Spread { best: 3.0, median: 3.0, worst: 3.0 }));
+        assert_eq!(spread(&[9.0, 1.0, 2.0]), Some(Spread { best: 1.0, median: 2.0, worst: 9.0 }));
+        assert_eq!(spread(&[4.0, 1.0, 9.0, 2.0]), Some(Spread { best: 1.0, median: 3.0, worst: 9.0 }));
     }
 
     #[test]

@@ -186,6 +186,14 @@ impl Workload {
         shape.layers.iter().map(|layer| (layer.lanes() * layer.row_bytes(shape.row_type)) as u64).sum()
     }
 
+    /// Bytes of the largest message: the rows that one query selects in a layer, or the default of 64 MiB.
+    #[must_use]
+    pub fn message_bytes(&self) -> usize {
+        let selected = self.ratio.iter().map(|&ratio| self.settings(ratio).selected_tokens(2 * self.context.0)).max().unwrap_or(0);
+        let rows = selected as u64 * self.token_bytes() / u64::from(self.layers);
+        (rows as usize).clamp(64 << 20, 1 << 30)
+    }
+
     /// A daemon for this context and `sequences` sequences over it that each grow by `steps` tokens.
     #[must_use]
     pub fn daemon(&self, sequences: usize, steps: usize) -> DaemonSpec {
@@ -202,6 +210,7 @@ impl Workload {
             label_bytes: arena_bytes / row_bytes * self.plan().label_bytes() as u64,
             open_bytes,
             sequence_tokens: (self.context.0 + steps + 1024) as u64,
+            message_bytes: self.message_bytes() as u64,
             device: self.device,
             threads: self.threads(),
         }

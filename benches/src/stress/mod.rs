@@ -38,7 +38,7 @@ pub fn run(options: &StressOptions) -> Result<()> {
     eprintln!("start the daemon");
     let daemon = LocalDaemon::start(&options.workload.daemon(options.sequences(), options.steps))?;
     let order = Order { options: options.clone(), socket: daemon.socket(), arena: daemon.arena().to_owned() };
-    let (worker, rss_anon_peak_bytes) = with_memory_peak(daemon.pid(), || work(&order))?;
+    let (worker, rss_anon_peak_bytes) = with_memory_peak(daemon.pid(), |unwatched| work(&order, unwatched))?;
     let stats = Client::connect(path_text(&order.socket)?, ClientConfig::default())?.stats()?;
     ensure!(stats.sequences_held == 0, "{} sequences are still held after all were closed", stats.sequences_held);
     let daemon_outcome = DaemonOutcome {
@@ -62,8 +62,8 @@ pub fn run(options: &StressOptions) -> Result<()> {
     Ok(())
 }
 
-/// Runs `work` and samples the anonymous memory of a process meanwhile.
-fn with_memory_peak<T>(pid: u32, work: impl FnOnce() -> Result<T>) -> Result<(T, u64)> {
+/// Runs `work` and samples the anonymous memory of a process meanwhile, until `work` ends or sets the flag that it is given.
+fn with_memory_peak<T>(pid: u32, work: impl FnOnce(&AtomicBool) -> Result<T>) -> Result<(T, u64)> {
     let (done, peak) = (AtomicBool::new(false), AtomicU64::new(rss_anon_bytes(pid)?));
     let result = std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -75,7 +75,7 @@ fn with_memory_peak<T>(pid: u32, work: impl FnOnce() -> Result<T>) -> Result<(T,
                 std::thread::sleep(MEMORY_POLL);
             }
         });
-        let result = work();
+        let result = work(&done);
         done.store(true, Ordering::Relaxed);
         result
     });
@@ -93,7 +93,7 @@ impl Drop for Worker {
     }
 }
 
-fn work(order: &Order) -> Result<WorkerOutcome> {
+fn work(order: &Order, unwatched: &AtomicBool) -> Result<WorkerOutcome> {
     let own: PathBuf = std::env::current_exe().context("path of this binary")?;
     let child = Command::new(own).arg("stress-worker").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
     let mut worker = Worker(child.context("start the worker")?);
@@ -102,7 +102,12 @@ fn work(order: &Order) -> Result<WorkerOutcome> {
     send(&mut orders, order)?;
     loop {
         match receive(&mut events).context("worker")? {
-            Event::Progress { stage, done, total } => show_progress(&stage, done, total),
+            Event::Progress { stage, done, total } => {
+                if stage == steps::COMPARE {
+                    unwatched.store(true, Ordering::Relaxed);
+                }
+                show_progress(&stage, done, total);
+            }
             Event::Failed(text) => bail!("worker: {text}"),
             Event::Done(outcome) => return Ok(*outcome),
         }

@@ -22,8 +22,8 @@ pub enum AttachKind {
 ///
 /// JSON keys: `context_tokens`, `layers`, `budget_ratio`, `dense_step_ms`, `sparse_step_ms`, `sparse_floor_ms`, `dense_read_gb_per_s`,
 /// `memory_read_gb_per_s`, `gather_gb_per_s`, `recall`, `bytes_per_step`, `daemon_overhead_bytes`, `attach`, and more beside them. With
-/// several ratios these are the figures of the first; `runs` has one object for each ratio. Times are medians over the steps (worst: keys
-/// that end in `_worst_ms`), one step being one token in all layers, in milliseconds; GB are 1e9 bytes.
+/// several ratios these are the figures of the first; `runs` has one object for each ratio. Times are medians over the steps (keys
+/// that end in `_best_ms` and `_worst_ms`: smallest and largest), one step being one token in all layers, in milliseconds; GB are 1e9 bytes.
 #[derive(Clone, Debug, clap::Args, Serialize, Deserialize)]
 pub struct StressOptions {
     /// Shape and context.

@@ -42,6 +42,7 @@ pub struct StressOutcome {
 /// Figures of dense steps.
 struct Dense {
     ms: Spread,
+    floor_ms: Spread,
     read: f64,
     memory: f64,
     /// Time over what the read rate of the same moment allows.
@@ -51,7 +52,7 @@ struct Dense {
 /// Figures of one ratio.
 struct Sparse {
     ms: Spread,
-    floor_ms: f64,
+    floor_ms: Spread,
     /// Time over floor, pair by pair.
     to_floor: Interval,
     gather: f64,
@@ -75,6 +76,7 @@ impl Dense {
         let rate = |sample: &DenseSample| sample.row_bytes as f64 / sample.ms / 1e6;
         Some(Self {
             ms: spread(&all(&|sample| sample.ms))?,
+            floor_ms: spread(&all(&|sample| sample.row_bytes as f64 / sample.read_gb_per_s / 1e6))?,
             read: median(&all(&rate))?,
             memory: median(&all(&|sample| sample.read_gb_per_s))?,
             to_floor: bootstrap_median(&all(&|sample| sample.read_gb_per_s / rate(sample)), RESAMPLES, seed)?,
@@ -89,7 +91,7 @@ impl Sparse {
         let mean = |of: fn(&crate::stress::recall::Kept) -> f64| outcome.kept.iter().map(of).sum::<f64>() / outcome.kept.len() as f64;
         Some(Self {
             ms: spread(&all(&|sample| sample.ms))?,
-            floor_ms: middle(&SparseSample::floor_ms)?,
+            floor_ms: spread(&all(&SparseSample::floor_ms))?,
             to_floor: bootstrap_median(&all(&|sample| sample.ms / sample.floor_ms()), RESAMPLES, seed)?,
             gather: middle(&|sample| sample.gather_gb_per_s)?,
             label_read: middle(&|sample| sample.label_read_gb_per_s)?,
@@ -174,12 +176,13 @@ impl StressOutcome {
     /// Nothing was measured.
     pub fn table(&self) -> Result<String> {
         let (dense, sparse) = (self.dense()?, self.sparse()?);
-        let mut steps = Table::new(["step", "ms (worst)", "floor ms", "x floor (95 %)", "GB/step", "x dense", "recall", "mass (bound)"]);
+        let mut steps =
+            Table::new(["step", "ms (best, worst)", "floor ms (best)", "x floor (95 %)", "GB/step", "x dense", "recall", "mass (bound)"]);
         let dense_bytes = self.worker.dense.first().map_or(0, |sample| sample.row_bytes) as f64;
         steps.row([
             "dense".to_owned(),
-            format!("{:.1} ({:.1})", dense.ms.median, dense.ms.worst),
-            format!("{:.1}", dense_bytes / dense.memory / 1e6),
+            format!("{:.1} ({:.1}, {:.1})", dense.ms.median, dense.ms.best, dense.ms.worst),
+            format!("{:.1} ({:.1})", dense.floor_ms.median, dense.floor_ms.best),
             interval_text(&dense.to_floor),
             format!("{:.3}", dense_bytes / 1e9),
             "1.0".to_owned(),
@@ -189,8 +192,8 @@ impl StressOutcome {
         for (sparse, outcome) in sparse.iter().zip(&self.worker.sparse) {
             steps.row([
                 format!("k = n x {}", outcome.ratio),
-                format!("{:.1} ({:.1})", sparse.ms.median, sparse.ms.worst),
-                format!("{:.1}", sparse.floor_ms),
+                format!("{:.1} ({:.1}, {:.1})", sparse.ms.median, sparse.ms.best, sparse.ms.worst),
+                format!("{:.1} ({:.1})", sparse.floor_ms.median, sparse.floor_ms.best),
                 interval_text(&sparse.to_floor),
                 format!("{:.3}", sparse.bytes / 1e9),
                 format!("{:.1}", dense.ms.median / sparse.ms.median),
@@ -274,7 +277,8 @@ fn interval_text(interval: &Interval) -> String {
 
 fn dense_json(dense: &Dense) -> Value {
     json!({
-        "dense_step_ms": dense.ms.median, "dense_step_worst_ms": dense.ms.worst, "dense_read_gb_per_s": dense.read,
+        "dense_step_ms": dense.ms.median, "dense_step_best_ms": dense.ms.best, "dense_step_worst_ms": dense.ms.worst,
+        "dense_floor_ms": dense.floor_ms.median, "dense_floor_best_ms": dense.floor_ms.best, "dense_read_gb_per_s": dense.read,
         "memory_read_gb_per_s": dense.memory, "dense_to_floor": dense.to_floor,
     })
 }
@@ -283,7 +287,8 @@ fn run_json(sparse: &Sparse, outcome: &RatioOutcome, dense: &Dense) -> Map<Strin
     let [score, select, attend] = sparse.parts_ms;
     let value = json!({
         "budget_ratio": outcome.ratio.value(), "budget": outcome.ratio.to_string(), "selected_tokens": outcome.selected_tokens,
-        "sparse_step_ms": sparse.ms.median, "sparse_step_worst_ms": sparse.ms.worst, "sparse_floor_ms": sparse.floor_ms,
+        "sparse_step_ms": sparse.ms.median, "sparse_step_best_ms": sparse.ms.best,
+        "sparse_step_worst_ms": sparse.ms.worst, "sparse_floor_ms": sparse.floor_ms.median, "sparse_floor_best_ms": sparse.floor_ms.best,
         "sparse_to_floor": sparse.to_floor, "dense_to_sparse": dense.ms.median / sparse.ms.median, "gather_gb_per_s": sparse.gather,
         "label_read_gb_per_s": sparse.label_read, "recall": sparse.recall, "mass_kept": sparse.mass, "mass_bound": sparse.mass_bound,
         "bytes_per_step": sparse.bytes, "score_ms": score, "select_ms": select, "attend_ms": attend,

@@ -79,6 +79,9 @@ pub(super) fn view(bench: &Bench, sequence_id: u64) -> Result<ArenaView> {
     Ok(view)
 }
 
+/// The stage in which selections are compared with exact scores.
+pub(super) const COMPARE: &str = "compare";
+
 /// Sequences over the context that decode: a batch of dense ones, and one for each ratio.
 pub(super) struct Groups {
     dense: Vec<Session>,
@@ -126,9 +129,13 @@ impl Groups {
             dense.push(DenseSample { ms, row_bytes: report.row_bytes, read_gb_per_s });
             for group in &mut self.sparse {
                 group.measure(bench, view, token, position, &input)?;
-                if index * options.recall_steps / options.steps != (index + 1) * options.recall_steps / options.steps {
-                    group.compare(bench, position, &input)?;
-                }
+            }
+        }
+        for index in 0..options.recall_steps {
+            // After all times are taken: the daemon's memory is no longer watched, because whole selections are asked for now.
+            (bench.context.progress)(COMPARE, index, options.recall_steps)?;
+            for group in &mut self.sparse {
+                group.compare(bench, context + index * options.steps / options.recall_steps)?;
             }
         }
         let outcome = |group: &mut SparseGroup| RatioOutcome {
@@ -190,10 +197,11 @@ impl SparseGroup {
         Ok(())
     }
 
-    /// Compares the selection of the step just done, in one layer, with exact scores.
-    fn compare(&mut self, bench: &Bench, position: usize, input: &[StepInput]) -> Result<()> {
+    /// Compares the selection of a step that was done, in one layer, with exact scores.
+    fn compare(&mut self, bench: &Bench, position: usize) -> Result<()> {
         let layer = self.kept.len() % bench.context.layers();
-        let (query, rows) = (&input[layer].queries[0], self.settings.horizon(position + 1));
+        let query = &bench.context.generator.query(layer, position, 0);
+        let rows = self.settings.horizon(position + 1);
         let lanes = self.sessions[0].rows(layer, position, query)?;
         let selected = lanes.iter().map(|lane| lane.positions.iter().map(|&at| at as u32).filter(|&at| (at as usize) < rows).collect());
         let selected: Vec<Vec<u32>> = selected.collect();
