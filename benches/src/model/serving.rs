@@ -249,6 +249,7 @@ impl ServingArguments {
             label_bytes: arena_bytes / token_bytes * lanes * plan.label_bytes() as u64,
             open_bytes: 4 * u64::from(self.open_slots(tokens)) * chunk_bytes + (64 << 20),
             sequence_tokens: (tokens as u64).max(1 << 15),
+            message_bytes: 1 << 26,
             device: self.device,
             threads: self.threads(),
         }
