@@ -88,6 +88,7 @@ fn a_prefix_hit_of_a_real_model_gives_the_same_bits() {
         label_bytes: 0,
         open_bytes: 1 << 30,
         sequence_tokens: 1 << 15,
+        message_bytes: 1 << 26,
         device: DeviceKind::Cpu,
         threads: 2,
     };
