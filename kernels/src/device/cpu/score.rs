@@ -4,6 +4,8 @@
 //! `2^(score - maximum)` rounded to 16 bits (7 of exponent, 9 of mantissa: rounding costs at most half a step of a key).
 //! Between the passes the chunks' maxima and sums give each head's log-sum-exp. Second pass: the weighted sum over heads, as keys.
 
+use std::ops::Range;
+
 use super::simd::{Simd, Task, exp2, exp2_coarse};
 use crate::device::ScoreJob;
 use crate::label::packing::BLOCK_TOKENS;
@@ -131,6 +133,7 @@ fn score_heads<S: Simd, const G: usize, const T: usize>(simd: S, heads: &Heads, 
     // Heads side by side: the chains of one head's maximum and sum alone would leave the processor waiting.
     let mut maxima = [simd.splat(f32::MIN); G];
     for vector in 0..BLOCKS {
+        ask_ahead(simd, heads.next, 2 * BLOCKS + vector..2 * BLOCKS + vector + 1);
         for head in 0..G {
             // SAFETY: 16 elements.
             maxima[head] = simd.max(maxima[head], unsafe { simd.load(scores[head].as_chunks::<16>().0[vector].as_ptr()) });
@@ -144,6 +147,7 @@ fn score_heads<S: Simd, const G: usize, const T: usize>(simd: S, heads: &Heads, 
     let half = simd.words(1 << (KEY_SHIFT - 1));
     let to = weights[..G * CHUNK_TOKENS].as_chunks_mut::<16>().0;
     for vector in 0..BLOCKS {
+        ask_ahead(simd, heads.next, 3 * BLOCKS + vector..3 * BLOCKS + vector + 1);
         for head in 0..G {
             let to = to[head * BLOCKS + vector].as_mut_ptr();
             // SAFETY: both have 16 elements.
@@ -171,17 +175,17 @@ fn raw_scores<S: Simd, const G: usize, const T: usize>(simd: S, heads: &Heads, s
         for (head, factor) in factors.iter_mut().enumerate() {
             *factor = heads.query.factors[(heads.first + head) * groups.len() + index];
         }
-        let next = if index == 0 { heads.next } else { &[] };
-        let pass = Pass { offset, quad, quads: channels / 4, stride: 64, factors, next };
+        let ahead = 2 * BLOCKS * index / groups.len()..2 * BLOCKS * (index + 1) / groups.len();
+        let pass = Pass { offset, quad, quads: channels / 4, stride: 64, factors, ahead };
         match group.bits {
             2 => add_group::<S, G, T, 2>(simd, heads, &pass, scores),
             4 => add_group::<S, G, T, 4>(simd, heads, &pass, scores),
             8 => add_group::<S, G, T, 8>(simd, heads, &pass, scores),
             _ => {
                 // Low bytes, then high bytes, which count 256 times as much.
-                let low = Pass { stride: 128, ..pass };
+                let low = Pass { stride: 128, ..pass.clone() };
                 add_group::<S, G, T, 8>(simd, heads, &low, scores);
-                let mut high = Pass { offset: offset + 64, next: &[], ..low };
+                let mut high = Pass { offset: offset + 64, ahead: 0..0, ..low };
                 for factor in &mut high.factors {
                     *factor *= 256.0;
                 }
@@ -194,8 +198,8 @@ fn raw_scores<S: Simd, const G: usize, const T: usize>(simd: S, heads: &Heads, s
 }
 
 /// One group of channels, or one byte plane of it, over all blocks of a chunk.
-#[derive(Clone, Copy)]
-struct Pass<'a, const G: usize> {
+#[derive(Clone)]
+struct Pass<const G: usize> {
     /// Where it begins in each block, in bytes.
     offset: usize,
     /// Its first quad, and how many.
@@ -205,8 +209,18 @@ struct Pass<'a, const G: usize> {
     stride: usize,
     /// What a product counts, by head.
     factors: [f32; G],
-    /// Labels to be asked for ahead, as long as the lane's labels; may be empty.
-    next: &'a [u8],
+    /// Its share of what is asked for ahead, see [`ask_ahead`].
+    ahead: Range<usize>,
+}
+
+/// Asks for some of the 64 equal parts of the next chunk's labels. They are spread over all of a chunk's work: asked for at once they would
+/// fill the processor's miss buffers and hold up the loads of the work itself.
+#[inline(always)]
+fn ask_ahead<S: Simd>(simd: S, next: &[u8], parts: Range<usize>) {
+    let lines = next.len() / 64;
+    for line in lines * parts.start / (4 * BLOCKS)..lines * parts.end / (4 * BLOCKS) {
+        simd.prefetch(next.as_ptr().wrapping_add(64 * line));
+    }
 }
 
 /// Scores of `T` blocks at a time, so that each weight is loaded once for all of them; `T * G` sums fill half of the registers.
@@ -224,9 +238,8 @@ fn add_group<S: Simd, const G: usize, const T: usize, const BITS: u32>(
         *quads = &heads.query.quads[(heads.first + head) * heads.query.quads_a_head + pass.quad..][..pass.quads];
     }
     for first in (0..BLOCKS).step_by(T) {
-        for line in (0..pass.next.len() * T / BLOCKS).step_by(64) {
-            simd.prefetch(pass.next[first * block_bytes..].as_ptr().wrapping_add(line));
-        }
+        let share = |blocks: usize| pass.ahead.start + pass.ahead.len() * blocks / BLOCKS;
+        ask_ahead(simd, heads.next, share(first)..share(first + T));
         let mut sums = [[simd.words(0); G]; T];
         for vector in 0..pass.quads / planes {
             let at = first * block_bytes + pass.offset + vector * pass.stride;
