@@ -276,3 +276,33 @@ fn window_rows_that_were_taken_away_are_refused_even_by_an_old_holder() {
     daemon.board.set_slot(SlotClass::Window, 1, Some(slot));
     assert_eq!(step(&mut decoder, &mut sequence, 1, 700, Attend::Dense), before);
 }
+
+#[test]
+fn a_sparse_step_equals_a_plain_softmax_over_the_rows_it_names() {
+    for kind in DeviceKind::ALL {
+        let mut decoder = Decoder::new(open(kind, 2).expect("device"));
+        let daemon = TestDaemon::new(shape(), Some(calibration(&shape())), 8);
+        let mut sequence = daemon.attach(SPARSE, None, 0);
+        append(&mut sequence, 0..1400);
+        let query: Vec<f32> = (0..256).map(|index| value(90, index / 64, 1399, index % 64)).collect();
+        let named = decoder.rows(0, &mut sequence, 1399, &query).expect("rows");
+        let output = step(&mut decoder, &mut sequence, 0, 1399, Attend::Sparse);
+        for head in 0..4 {
+            let positions: Vec<usize> = named[head / 2].positions.iter().map(|&position| position as usize).collect();
+            assert_eq!(positions.last(), Some(&1399), "the newest row is always attended");
+            let expected = plain_head(0, head, 1399, &positions);
+            for (given, expected) in output[head * 64..(head + 1) * 64].iter().zip(&expected) {
+                assert!((given - expected).abs() < 5e-4, "{kind}, head {head}: {given} instead of {expected}");
+            }
+        }
+    }
+}
+
+fn plain_head(layer: usize, head: usize, position: usize, rows: &[usize]) -> Vec<f32> {
+    let stored = |row: usize, element: usize| f64::from(half::f16::from_f32(value(layer, head / 2, row, element)).to_f32());
+    let query = |channel: usize| f64::from(value(90 + layer, head, position, channel));
+    let scores: Vec<f64> = rows.iter().map(|&row| (0..64).map(|c| query(c) * stored(row, c)).sum::<f64>() * 0.125).collect();
+    let total: f64 = scores.iter().map(|score| score.exp()).sum();
+    let sum = |channel: usize| scores.iter().zip(rows).map(|(score, &row)| score.exp() * stored(row, 64 + channel)).sum::<f64>();
+    (0..64).map(|channel| (sum(channel) / total) as f32).collect()
+}
