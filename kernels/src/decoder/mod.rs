@@ -405,37 +405,6 @@ impl Decoder {
     pub fn last_selection(&self) -> &[u32] {
         &self.positions
     }
-
-    /// By query head, how much of the dense softmax mass a sparse step of one query keeps. Reads every row: for evaluation.
-    ///
-    /// # Errors
-    /// As [`Decoder::rows`].
-    pub fn mass_kept(&mut self, layer: usize, sequence: &mut Sequence, position: usize, query: &[f32]) -> Result<Vec<f32>, StepError> {
-        let part = sequence_part(layer, sequence)?;
-        if part.kind != LaneKind::Selected {
-            return Err(StepError::NotSelected { layer });
-        }
-        let mut output = vec![0.0; query.len()];
-        let mut lse = vec![0.0; part.geometry.heads.query_heads()];
-        let attend = Attend::Sparse;
-        let (queries, first_position) = (query, position);
-        self.step_one(layer, &mut StepRequest { sequence, first_position, queries, attend, output: &mut output, lse: &mut lse })?;
-        let plan = plan(sequence, attend, position);
-        let mut pages = Vec::new();
-        sequence.pages(layer, 0..position / CHUNK_TOKENS + 1, &mut pages)?;
-        let listed = &self.positions[..part.lanes.len() * plan.count];
-        let job = AttendJob {
-            geometry: part.geometry,
-            query,
-            pages: &pages,
-            listed,
-            listed_per_lane: plan.count,
-            exact_from: plan.exact_from,
-            exact_to: position + 1,
-            hot: None,
-        };
-        Ok(self.device.mass_kept(&job))
-    }
 }
 
 fn sequence_part(layer: usize, sequence: &Sequence) -> Result<LayerPart, StepError> {
