@@ -21,7 +21,7 @@ use sluice_proto::v1;
 use crate::client::from_json;
 use crate::connection::Retry;
 use crate::error::ClientError;
-use crate::local::SharedDecoder;
+use crate::local::{Known, SharedDecoder};
 use crate::run::Run;
 use crate::session::Core;
 use crate::side_socket::{Attached, SegmentReply, SideSocket};
@@ -53,7 +53,7 @@ impl DirectWay {
         }
         let mut sequence = Sequence::attach(SequenceFiles {
             shape: Arc::clone(&core.model.shape),
-            calibration: calibration.map(Arc::new),
+            calibration,
             board,
             open,
             open_slots: files.open_slots,
@@ -310,17 +310,33 @@ impl DirectWay {
 }
 
 /// Attach, then the side socket: what there is to map, and the calibration in force.
-fn open_side(core: &Core) -> Result<(Attached, Option<Calibration>), ClientError> {
+fn open_side(core: &Core) -> Result<(Attached, Option<Arc<Calibration>>), ClientError> {
     let lanes = core.options.lanes.clone().unwrap_or(0..0);
-    let request = v1::AttachRequest { lease: Some(core.lease), first_lane: lanes.start.into(), lane_count: lanes.len() as u32 };
+    let (local, model) = (core.client.local(), core.model.id());
+    let known = local.calibration(model, core.boot_epoch);
+    let request = v1::AttachRequest {
+        lease: Some(core.lease),
+        first_lane: lanes.start.into(),
+        lane_count: lanes.len() as u32,
+        known_label_set: known.as_ref().map_or(0, |known| known.label_set),
+    };
     let connection = core.client.connection();
     let reply = connection.call("Attach", Retry::Idempotent, request, async |client, request| client.attach(request).await)?;
     if reply.layout_version != LAYOUT_VERSION {
         let message = format!("{} given, this build reads {LAYOUT_VERSION}", reply.layout_version);
         return Err(ClientError::protocol("AttachResponse.layout_version", message));
     }
-    let calibration = Some(&reply.calibration_json).filter(|json| !json.is_empty());
-    let calibration = calibration.map(|json| from_json("AttachResponse.calibration_json", json)).transpose()?;
+    let calibration = match known.filter(|known| known.label_set == reply.label_set) {
+        _ if reply.label_set == 0 => None,
+        // Left out because we have it. A lease that is still good proves that the arena, and with it the number, is the same one.
+        Some(known) if reply.calibration_json.is_empty() => Some(known.calibration),
+        _ => {
+            let calibration = Arc::new(from_json("AttachResponse.calibration_json", &reply.calibration_json)?);
+            let (boot_epoch, label_set) = (reply.boot_epoch, reply.label_set);
+            local.keep_calibration(model, Known { boot_epoch, label_set, calibration: Arc::clone(&calibration) });
+            Some(calibration)
+        }
+    };
     let attached = SideSocket::attach(&reply.side_socket, &reply.ticket, core.client.config().rpc_deadline)?;
     Ok((attached, calibration))
 }

@@ -1,4 +1,4 @@
-//! What the direct sessions of one process share: decoders by device, and mapped segments.
+//! What the direct sessions of one process share: decoders by device, mapped segments, and the calibrations of models.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -8,6 +8,7 @@ use std::sync::{Arc, Weak};
 use parking_lot::Mutex;
 use sluice_kernels::decoder::Decoder;
 use sluice_kernels::device::{self, DeviceKind};
+use sluice_kernels::label::Calibration;
 use sluice_kernels::shared::segment::{LabelSegment, Segment};
 
 use crate::error::ClientError;
@@ -24,6 +25,16 @@ pub(crate) struct Local {
     decoders: Mutex<HashMap<(DeviceKind, usize), SharedDecoder>>,
     rows: Mutex<HashMap<FileKey, Weak<Segment>>>,
     labels: Mutex<HashMap<(FileKey, u64), Weak<LabelSegment>>>,
+    /// By model.
+    calibrations: Mutex<HashMap<u64, Known>>,
+}
+
+/// A calibration as a daemon has answered it. Label sets are numbered by a daemon's arena, so another boot's number proves nothing.
+#[derive(Clone)]
+pub(crate) struct Known {
+    pub(crate) boot_epoch: u64,
+    pub(crate) label_set: u64,
+    pub(crate) calibration: Arc<Calibration>,
 }
 
 impl Local {
@@ -36,6 +47,16 @@ impl Local {
         let decoder = Arc::new(Mutex::new(Decoder::new(device::open(kind, threads)?)));
         decoders.insert((kind, threads), Arc::clone(&decoder));
         Ok(decoder)
+    }
+
+    /// The calibration of a model that this boot of the daemon has answered already.
+    pub(crate) fn calibration(&self, model: u64, boot_epoch: u64) -> Option<Known> {
+        self.calibrations.lock().get(&model).filter(|known| known.boot_epoch == boot_epoch).cloned()
+    }
+
+    /// Remembers a model's calibration.
+    pub(crate) fn keep_calibration(&self, model: u64, known: Known) {
+        self.calibrations.lock().insert(model, known);
     }
 
     /// A segment's rows: the mapping that another session holds, or a new one.

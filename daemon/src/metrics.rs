@@ -117,12 +117,13 @@ fn levels(counters: &Counters) -> Vec<Family> {
         one("sluice_arena_capacity_bytes", "Bytes of rows that sealed chunks may take.", &counters.arena_capacity_bytes),
         by(
             "sluice_memory_bytes",
-            "Shared memory in use by kind: rows of sealed chunks, labels, open slots.",
+            "Shared memory in use by kind: rows of sealed chunks, labels, open slots of sequences and those made ahead.",
             "kind",
             &[
                 ("rows", counters.arena_used_bytes.get()),
                 ("labels", counters.label_bytes.get()),
                 ("open_slots", counters.open_slot_bytes.get()),
+                ("spare_slots", counters.spare_slot_bytes.get()),
             ],
         ),
     ]

@@ -161,6 +161,15 @@ pub struct SegmentJob {
     pub threads: usize,
 }
 
+/// Make a file of open slots ahead.
+#[derive(Clone, Debug)]
+pub struct SpareJob {
+    /// File to make.
+    pub path: PathBuf,
+    /// Its bytes.
+    pub bytes: u64,
+}
+
 /// Files of a new segment, mapped.
 #[derive(Debug)]
 pub struct NewSegment {
@@ -181,6 +190,8 @@ pub enum Job {
     Relabel(RelabelJob),
     /// Make a segment.
     Segment(SegmentJob),
+    /// Make a file of open slots.
+    Spare(SpareJob),
 }
 
 /// The result of a job.
@@ -204,6 +215,8 @@ pub enum JobResult {
     },
     /// A segment was made, or could not be.
     Segment(SegmentJob, Result<NewSegment, SharedError>),
+    /// A file of open slots was made, or could not be.
+    Spare(SpareJob, Result<(), SharedError>),
     /// A thread of the pool panicked: the engine poisons itself.
     Panicked,
 }
@@ -242,6 +255,10 @@ fn carry_out(worker: &mut Worker, job: Job) -> JobResult {
         Job::Segment(job) => {
             let made = make_segment(&job);
             JobResult::Segment(job, made)
+        }
+        Job::Spare(job) => {
+            let made = create_allocated(&job.path, job.bytes, 1).map(drop);
+            JobResult::Spare(job, made)
         }
     }
 }

@@ -104,6 +104,7 @@ impl ConfigFile {
         least("arena.capacity_bytes", arena.capacity_bytes, 1 << 20, "1 MiB to 1 PiB")?;
         least("arena.segment_bytes", arena.segment_bytes, 64 << 10, "64 KiB to 1 PiB")?;
         least("arena.open_bytes", arena.open_bytes, 1 << 20, "1 MiB to 1 PiB")?;
+        within("arena.spare_files", arena.spare_files, 0..=64, "0 to 64")?;
         least("decode.hot_bytes", decode.hot_bytes, 0, "0 to 1 PiB")?;
         within("limits.sequence_tokens", limits.sequence_tokens, 1024..=1 << 24, "1024 to 16777216")?;
         within("limits.parked_sequences", limits.parked_sequences, 0..=1 << 20, "0 to 1048576")?;
@@ -128,6 +129,7 @@ impl ConfigFile {
             arena_bytes: arena.capacity_bytes.0,
             segment_bytes: arena.segment_bytes.0,
             open_bytes_max: arena.open_bytes.0,
+            spare_files: arena.spare_files,
             open_slots_default: limits.open_slots,
             max_tokens: limits.sequence_tokens,
             max_sequences: limits.sequences,

@@ -52,6 +52,8 @@ pub struct ArenaSection {
     pub segment_bytes: ByteCount,
     /// Bytes that growing chunks (open slots) of all sequences may take in all. Default: 2 GiB. Minimum: 1 MiB.
     pub open_bytes: ByteCount,
+    /// Open-slot files made ahead, so that an Open need not wait for zeroed memory; they count into `open_bytes`. Default: 2. 0 to 64.
+    pub spare_files: usize,
     /// File whose content (at most 64 bytes) is mixed into every chunk name, so that names of two installations differ. Default: empty: none.
     pub name_salt_file: PathBuf,
 }
@@ -177,6 +179,7 @@ impl Default for ArenaSection {
             capacity_bytes: ByteCount(engine.arena_bytes),
             segment_bytes: ByteCount(engine.segment_bytes),
             open_bytes: ByteCount(engine.open_bytes_max),
+            spare_files: engine.spare_files,
             name_salt_file: PathBuf::new(),
         }
     }

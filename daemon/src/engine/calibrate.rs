@@ -175,6 +175,7 @@ impl Engine {
         let freed = segments.into_iter().map(|segment| self.drop_segment(segment)).sum();
         self.models.remove(&id);
         self.relabeling.remove(&id);
+        self.drop_spares();
         self.edits.push(Edit::DropModel(id));
         Ok(freed)
     }

@@ -133,8 +133,8 @@ pub struct Attached {
     pub ticket: [u8; 16],
     /// Writer index.
     pub writer: u32,
-    /// Calibration in force.
-    pub calibration: Option<Arc<Calibration>>,
+    /// Label set and calibration in force.
+    pub calibration: Option<(u64, Arc<Calibration>)>,
 }
 
 /// Files of a sequence for its holder.
@@ -239,8 +239,10 @@ pub struct EngineStats {
     pub arena_file_bytes: u64,
     /// Bytes of label files.
     pub label_bytes: u64,
-    /// Bytes of open slot files.
+    /// Bytes of open slot files of sequences.
     pub open_slot_bytes: u64,
+    /// Bytes of open slot files that were made ahead.
+    pub spare_slot_bytes: u64,
     /// Slots in limbo.
     pub limbo_slots: u64,
     /// Slots of all segments.

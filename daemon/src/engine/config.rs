@@ -29,6 +29,8 @@ pub struct EngineConfig {
     pub segment_bytes: u64,
     /// Bytes that the open slots of all sequences may take in all.
     pub open_bytes_max: u64,
+    /// Files of open slots made ahead, so that an Open does not wait for zeroed memory; they count as open slots. At most 64; 0: none.
+    pub spare_files: usize,
     /// Open slots of a sequence whose Open names none, 2 to 4096.
     pub open_slots_default: u32,
     /// Most tokens of a sequence.
@@ -55,7 +57,7 @@ pub struct EngineConfig {
     pub message_bytes_max: usize,
     /// Device of the daemon's own decoder and labeller.
     pub device: DecoderDevice,
-    /// Bytes of hot rows a sequence may have in the daemon's own decoder; 0: the decoder's default.
+    /// Bytes of hot rows a sequence may have in the daemon's own decoder; 0: no pool, every selected row is read where it lies.
     pub hot_bytes: u64,
     /// Settings of a sequence whose Open names none.
     pub settings_default: Settings,
@@ -90,6 +92,7 @@ impl Default for EngineConfig {
             arena_bytes: 8 << 30,
             segment_bytes: 1 << 30,
             open_bytes_max: 2 << 30,
+            spare_files: 2,
             open_slots_default: 4,
             max_tokens: 1 << 20,
             max_sequences: 1024,
@@ -125,6 +128,7 @@ impl EngineConfig {
         bytes("segment_bytes", self.segment_bytes, 1 << 16, "64 KiB and more")?;
         bytes("open_bytes_max", self.open_bytes_max, 1 << 20, "1 MiB and more")?;
         check("open_slots_default", self.open_slots_default, (2..=4096).contains(&self.open_slots_default), "2 to 4096")?;
+        check("spare_files", self.spare_files, self.spare_files <= 64, "0 to 64")?;
         check("max_tokens", self.max_tokens, (1024..=1 << 24).contains(&self.max_tokens), "1024 to 16777216")?;
         let count = |field, value: usize, bound| check(field, value, value > 0 && value <= 1 << 20, bound);
         count("max_sequences", self.max_sequences, "1 to 1048576")?;

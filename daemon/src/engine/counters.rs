@@ -154,8 +154,10 @@ pub struct Counters {
     pub arena_used_bytes: Level,
     /// Bytes of label files.
     pub label_bytes: Level,
-    /// Bytes of open slot files.
+    /// Bytes of open slot files of sequences.
     pub open_slot_bytes: Level,
+    /// Bytes of open slot files that were made ahead.
+    pub spare_slot_bytes: Level,
     /// Tokens of Opens that were found in the arena.
     pub prefix_hit_tokens: Count,
     /// Tokens of Opens that were not.

@@ -46,7 +46,7 @@ impl Engine {
         sequence.record.writers = writers;
         let record = sequence.record.clone();
         self.edits.push(Edit::Sequence(record));
-        let calibration = self.model(model)?.labels.as_ref().map(|labels| Arc::clone(&labels.calibration));
+        let calibration = self.model(model)?.labels.as_ref().map(|labels| (labels.id, Arc::clone(&labels.calibration)));
         Ok(Attached { ticket, writer, calibration })
     }
 

@@ -24,6 +24,7 @@ mod recover;
 mod run;
 mod sealing;
 pub mod sequence;
+mod spare;
 mod state;
 mod stats;
 mod tick;

@@ -183,6 +183,12 @@ impl Folder {
         self.0.join(format!("open-{sequence}"))
     }
 
+    /// Open slots that no sequence has yet.
+    #[must_use]
+    pub fn spare(&self, number: u64) -> PathBuf {
+        self.0.join(format!("spare-{number}"))
+    }
+
     /// Board of a sequence.
     #[must_use]
     pub fn board(&self, sequence: u64) -> PathBuf {

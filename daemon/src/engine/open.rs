@@ -144,7 +144,8 @@ impl Engine {
         let id = self.new_id();
         let (open_path, board_path) = (self.folder.open(id), self.folder.board(id));
         let open_bytes = layout.file_bytes();
-        let open = OpenFile::create(create_allocated(&open_path, open_bytes, 1)?, layout)?;
+        self.spare_bytes_for(open_bytes);
+        let open = OpenFile::create(self.open_slot_file(&open_path, open_bytes)?, layout)?;
         let board = create_allocated(&board_path, Board::file_bytes(table_chunks), 1).and_then(|file| Board::create(&file, table_chunks));
         let board = board.inspect_err(|_| self.doomed.push(open_path))?;
         open.set_committed(new.position)?;
@@ -187,6 +188,7 @@ impl Engine {
             quiet_polls: 0,
         };
         self.sequences.insert(id, sequence);
+        self.plan_spares(open_bytes);
         self.need_windows_from(id, new.position);
         self.dirty.insert(id);
         Ok(LeaseKey { sequence: id, generation: 1 })

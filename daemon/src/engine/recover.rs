@@ -24,6 +24,7 @@ use crate::engine::lease::{Process, boot_id};
 use crate::engine::limbo::{Limbo, Waiting};
 use crate::engine::model::{Folder, Model};
 use crate::engine::sequence::{Lease, SequenceState};
+use crate::engine::spare::Spares;
 use crate::engine::state::Engine;
 use crate::journal::{ChunkRecord, Edit, Journal, SegmentRecord, SequenceRecord, Snapshot};
 use crate::seal::Job;
@@ -58,6 +59,7 @@ impl Engine {
             verifying: HashSet::new(),
             relabeling: BTreeMap::new(),
             growing: HashMap::new(),
+            spares: Spares::default(),
             jobs,
             makers,
             next_id: snapshot.next_id,
@@ -217,7 +219,7 @@ impl Engine {
         }
     }
 
-    /// Deletes files that the journal does not know: half-made ones and those of dropped sequences.
+    /// Deletes files that the journal does not know: half-made ones, spares, and those of dropped sequences.
     fn delete_orphans(&mut self) -> Result<(), EngineError> {
         let mut known: HashSet<PathBuf> = HashSet::from([self.folder.journal()]);
         for segment in self.arena.segments() {
@@ -232,7 +234,7 @@ impl Engine {
         for entry in std::fs::read_dir(self.folder.path()).map_err(failed)? {
             let path = entry.map_err(failed)?.path();
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            let ours = ["seg-", "open-", "board-"].iter().any(|prefix| name.starts_with(prefix));
+            let ours = ["seg-", "open-", "board-", "spare-"].iter().any(|prefix| name.starts_with(prefix));
             if ours && !known.contains(&path) {
                 tracing::info!(path = %path.display(), "deleting a file that the journal does not know");
                 self.doomed.push(path);

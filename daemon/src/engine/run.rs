@@ -322,6 +322,7 @@ impl Engine {
             JobResult::Verify { chunk, intact } => self.verified(chunk, intact),
             JobResult::Relabel { model, chunk } => self.relabelled(model, chunk),
             JobResult::Segment(job, made) => self.segment_made(&job, made),
+            JobResult::Spare(job, made) => self.spare_made(job, made),
             JobResult::Panicked => return Err(Fault::Pool),
         }
         Ok(self.settle()?)

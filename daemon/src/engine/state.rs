@@ -18,6 +18,7 @@ use crate::engine::error::EngineError;
 use crate::engine::limbo::{Limbo, Waiting};
 use crate::engine::model::{Folder, Model};
 use crate::engine::sequence::SequenceState;
+use crate::engine::spare::Spares;
 use crate::journal::{Edit, Journal, JournalError};
 use crate::seal::Job;
 
@@ -72,6 +73,8 @@ pub(crate) struct Engine {
     pub(crate) relabeling: BTreeMap<u64, Relabeling>,
     /// Bytes of segments that are being made, by model and class.
     pub(crate) growing: HashMap<(u64, SlotClass), u64>,
+    /// Files of open slots made ahead.
+    pub(crate) spares: Spares,
     pub(crate) jobs: Sender<Job>,
     pub(crate) makers: Sender<Job>,
     pub(crate) next_id: u64,
@@ -177,8 +180,8 @@ impl Engine {
 
     fn start_jobs(&mut self) {
         while let Some(job) = self.planned.pop_front() {
-            // Segments are made by a thread of their own, so that sealing goes on meanwhile.
-            let queue = if matches!(job, Job::Segment(_)) { &self.makers } else { &self.jobs };
+            // Files are made by a thread of their own, so that sealing goes on meanwhile.
+            let queue = if matches!(job, Job::Segment(_) | Job::Spare(_)) { &self.makers } else { &self.jobs };
             if let Err(TrySendError::Full(job)) = queue.try_send(job) {
                 self.planned.push_front(job);
                 return;

@@ -51,6 +51,7 @@ impl Engine {
             arena_file_bytes: self.arena.row_bytes(),
             label_bytes: self.arena.label_bytes(),
             open_slot_bytes: self.open_bytes(),
+            spare_slot_bytes: self.spares.bytes(),
             limbo_slots: (self.limbo.slots() + self.to_limbo.len()) as u64,
             slots: self.arena.segments().map(|segment| u64::from(segment.record.slots)).sum(),
             free_slots: self.arena.segments().map(|segment| segment.free_slots() as u64).sum(),
@@ -78,5 +79,6 @@ impl Engine {
         counters.arena_used_bytes.set(stats.arena_used_bytes);
         counters.label_bytes.set(stats.label_bytes);
         counters.open_slot_bytes.set(stats.open_slot_bytes);
+        counters.spare_slot_bytes.set(stats.spare_slot_bytes);
     }
 }

@@ -158,6 +158,7 @@ pub(super) fn stats(engine: &EngineHandle, stats: &EngineStats, uptime: Duration
         arena_used_bytes: stats.arena_used_bytes,
         label_bytes: stats.label_bytes,
         open_slot_bytes: stats.open_slot_bytes,
+        spare_slot_bytes: stats.spare_slot_bytes,
         appended_tokens: counters.appended_tokens.get(),
         sealed_tokens: counters.sealed_tokens.get(),
         rss_anon_bytes: rss_anon_bytes(),

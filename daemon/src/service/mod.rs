@@ -138,7 +138,9 @@ impl Sluice for SluiceService {
         let end = self.checked(end.ok_or_else(|| EngineError::invalid("lane_count", request.lane_count, "the model's lanes")))?;
         let lanes = (request.lane_count > 0).then_some(request.first_lane..end);
         let attached = self.engine.attach(Attach { lease, lanes }).await?;
-        let calibration = attached.calibration.map(|calibration| serde_json::to_vec(&*calibration)).transpose();
+        let label_set = attached.calibration.as_ref().map_or(0, |&(label_set, _)| label_set);
+        let unknown = attached.calibration.filter(|&(label_set, _)| label_set != request.known_label_set);
+        let calibration = unknown.map(|(_, calibration)| serde_json::to_vec(&*calibration)).transpose();
         let calibration = calibration.map_err(|error| Status::internal(error.to_string()))?;
         Ok(Response::new(v1::AttachResponse {
             boot_epoch: self.engine.boot_epoch(),
@@ -147,6 +149,7 @@ impl Sluice for SluiceService {
             layout_version: sluice_kernels::shared::LAYOUT_VERSION,
             writer: attached.writer,
             calibration_json: calibration.unwrap_or_default().into(),
+            label_set,
         }))
     }
 }

@@ -7,4 +7,5 @@ mod prefix;
 mod random;
 mod refusals;
 mod restart;
+mod spares;
 mod support;

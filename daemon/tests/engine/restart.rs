@@ -51,7 +51,7 @@ async fn files_that_the_journal_does_not_know_are_deleted() {
     let engine = start(config(folder.path()));
     register(&engine, &shape(None)).await;
     crash(engine).await;
-    let orphans = ["seg-77.rows", "seg-77.labels-3", "open-99", "board-99"].map(|name| folder.path().join("arena").join(name));
+    let orphans = ["seg-77.rows", "seg-77.labels-3", "open-99", "board-99", "spare-7"].map(|name| folder.path().join("arena").join(name));
     for orphan in &orphans {
         std::fs::write(orphan, b"torn").expect("written");
     }

@@ -44,6 +44,9 @@ pub fn open_read_only(path: &Path) -> Result<File, SharedError> {
 fn allocate(file: &File, bytes: u64, threads: u64) -> std::io::Result<()> {
     file.set_len(bytes)?;
     let share = bytes.div_ceil(threads).next_multiple_of(1 << 21);
+    if bytes <= share {
+        return Ok(rustix::fs::fallocate(file, FallocateFlags::empty(), 0, bytes)?);
+    }
     std::thread::scope(|scope| {
         let parts = (0..bytes).step_by(share as usize).map(|first| {
             let length = share.min(bytes - first);
