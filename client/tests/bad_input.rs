@@ -200,7 +200,7 @@ fn histories(raw: &Raw, lease: v1::LeaseRef, untouched: v1::LeaseRef) -> Vec<Cas
     let truncate = raw.call(async |client| client.truncate(v1::TruncateRequest { lease, position }).await);
     let old = raw.call(async |client| client.truncate(v1::TruncateRequest { lease: stale, position: 0 }).await);
     let close = raw.call(async |client| client.close(v1::CloseRequest { lease: stale }).await);
-    let lanes = v1::AttachRequest { lease: Some(untouched), first_lane: 1, lane_count: 2 };
+    let lanes = v1::AttachRequest { lease: Some(untouched), first_lane: 1, lane_count: 2, known_label_set: 0 };
     let lanes = raw.call(async |client| client.attach(lanes).await);
     let streamed = raw.call(async |client| client.attach(v1::AttachRequest { lease, ..Default::default() }).await);
     let calibrate = |json: &str| {
