@@ -13,6 +13,7 @@ use crate::engine::config::{DecoderDevice, EngineConfig};
 use crate::engine::counters::Counters;
 use crate::engine::error::EngineError;
 use crate::engine::handle::{EngineHandle, EngineState, Keeper};
+use crate::engine::spare;
 use crate::engine::state::{Engine, Outcome, Until};
 use crate::journal::JournalError;
 use crate::seal::{Job, JobResult, Worker, serve};
@@ -112,9 +113,13 @@ fn supervise(
         }
     };
     // The pool ends when the engine has dropped its job channel; jobs under way only touch slots that the journal does not name.
+    let folder = engine.folder.clone();
     drop(engine);
     for thread in pool {
         let _ = thread.join();
+    }
+    if end == EngineState::Stopped {
+        spare::delete_all(&folder);
     }
     let _ = state.send(end);
     if let Some(reply) = reply {

@@ -1,7 +1,7 @@
 //! Spare files of open slots: allocated ahead by the maker thread, so that an Open or a fork does not wait until its memory is zeroed.
 //!
-//! A spare is nothing but zeros: whichever sequence takes it renames it and writes the header. The journal knows none of them; what a
-//! killed daemon leaves is deleted at the next start.
+//! A spare is nothing but zeros: whichever sequence takes it renames it and writes the header. The journal knows none of them; a daemon that
+//! stops deletes them, and what a killed one leaves is deleted at the next start.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -11,6 +11,7 @@ use sluice_kernels::shared::SharedError;
 use sluice_kernels::shared::folder::{create_allocated, open_writable};
 
 use crate::engine::error::EngineError;
+use crate::engine::model::Folder;
 use crate::engine::state::Engine;
 use crate::seal::{Job, SpareJob};
 
@@ -121,6 +122,16 @@ impl Engine {
             if !self.spares.drop_oldest(Some(bytes)) && !self.spares.drop_oldest(None) {
                 return;
             }
+        }
+    }
+}
+
+/// Deletes every spare of an engine that has stopped, those included that were in the making.
+pub(crate) fn delete_all(folder: &Folder) {
+    let Ok(entries) = std::fs::read_dir(folder.path()) else { return };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        if path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("spare-")) {
+            delete(&path);
         }
     }
 }
