@@ -5,6 +5,7 @@
 //! `[query][query_head][head_dim]` and `[query][query_head]`. Log-sum-exp is natural, of the scaled scores.
 
 pub mod cpu;
+pub mod cuda;
 pub mod kind;
 pub mod reference;
 

@@ -1,0 +1,106 @@
+// What every kernel uses: the options of the specialisation, elements of rows, and conversions. NVRTC finds no toolkit headers, so
+// conversions are PTX.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr u32 CHUNK_TOKENS = 256;
+
+#define ROW_F32 0
+#define ROW_F16 1
+#define ROW_BF16 2
+
+// Elements of rows as they lie in memory: binary32, or the bits of binary16 or bfloat16.
+#if ROW_TYPE == ROW_F32
+typedef float element;
+#else
+typedef u16 element;
+#endif
+
+constexpr u32 ELEMENT_BYTES = sizeof(element);
+// A row is a key and then a value.
+constexpr u32 ROW_BYTES = 2 * HEAD_DIM * ELEMENT_BYTES;
+
+__device__ __forceinline__ float f16_to_f32(u16 bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+}
+
+__device__ __forceinline__ float bf16_to_f32(u16 bits) {
+    return __uint_as_float(static_cast<u32>(bits) << 16);
+}
+
+// One element as f32, exactly.
+__device__ __forceinline__ float to_f32(element x) {
+#if ROW_TYPE == ROW_F32
+    return x;
+#elif ROW_TYPE == ROW_F16
+    return f16_to_f32(x);
+#else
+    return bf16_to_f32(x);
+#endif
+}
+
+#if ROW_TYPE != ROW_F32
+// Two elements in a word, `low` in its low half, rounded to nearest even.
+__device__ __forceinline__ u32 pack_pair(float low, float high) {
+    u32 pair;
+#if ROW_TYPE == ROW_F16
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#endif
+    return pair;
+}
+
+__device__ __forceinline__ float low_of_pair(u32 pair) {
+    return to_f32(static_cast<u16>(pair & 0xFFFF));
+}
+
+__device__ __forceinline__ float high_of_pair(u32 pair) {
+    return to_f32(static_cast<u16>(pair >> 16));
+}
+#endif
+
+// 2^x, within two units in the last place; 0 for -inf.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float minus_infinity() {
+    return __uint_as_float(0xFF800000u);
+}
+
+// Sixteen bytes past the caches of this multiprocessor: what is read once.
+__device__ __forceinline__ uint4 load_16_once(const void *from) {
+    uint4 x;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+    return x;
+}
+
+__device__ __forceinline__ u32 shared_address(const void *pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+// Starts a copy of 16 bytes to shared memory; zeros where `valid` is false, and then nothing is read.
+__device__ __forceinline__ void copy_16_async(u32 to, const void *from, bool valid) {
+    u32 bytes = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// Ends the group of the copies started since the last group.
+__device__ __forceinline__ void end_copy_group() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until at most `PENDING` groups of this thread's copies are under way.
+template <int PENDING>
+__device__ __forceinline__ void wait_copy_groups() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}

@@ -1,0 +1,55 @@
+//! What can fail on an opened GPU.
+
+use cudarc::driver::DriverError;
+use thiserror::Error;
+
+use super::compile::CompileError;
+use super::open::OpenError;
+
+/// A GPU that could not be opened, a kernel that could not be compiled, or a call that the driver refused.
+#[derive(Debug, Error)]
+pub enum CudaError {
+    /// No such device here.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// No compiler, or a kernel that it refused.
+    #[error(transparent)]
+    Compile(#[from] CompileError),
+    /// An allocation or registration that the driver refused.
+    #[error("cuda: {what} of {bytes} bytes ({free} of {total} bytes of the device are free): {source}")]
+    Memory {
+        /// What was allocated or registered.
+        what: &'static str,
+        /// How much.
+        bytes: usize,
+        /// Free memory of the device.
+        free: usize,
+        /// All memory of the device.
+        total: usize,
+        /// What the driver said.
+        source: DriverError,
+    },
+    /// Any other call that the driver refused.
+    #[error("cuda: {what}: {source}")]
+    Driver {
+        /// What was done.
+        what: &'static str,
+        /// What the driver said.
+        source: DriverError,
+    },
+}
+
+/// Says what was being done when the driver refused.
+pub trait Doing<T> {
+    /// Joins the driver's word with ours.
+    ///
+    /// # Errors
+    /// The same failure.
+    fn doing(self, what: &'static str) -> Result<T, CudaError>;
+}
+
+impl<T> Doing<T> for Result<T, DriverError> {
+    fn doing(self, what: &'static str) -> Result<T, CudaError> {
+        self.map_err(|source| CudaError::Driver { what, source })
+    }
+}

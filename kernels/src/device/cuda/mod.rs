@@ -1,0 +1,14 @@
+//! The CUDA device: driver and compiler found at run time, kernels from source.
+//!
+//! Layers, from below: `cudarc` binds the driver; `buffer`, `compile` and `module` check what is passed and own what is made; `label` and
+//! `many` know one kernel each. A launch takes one plain-data job, whose size both sides assert.
+
+pub mod buffer;
+pub mod compile;
+pub mod error;
+pub mod label;
+pub mod module;
+pub mod open;
+
+pub use error::{CudaError, Doing};
+pub use open::{Gpu, OpenError};

@@ -1,0 +1,208 @@
+//! Kernels of one shape of rows: sources, the options that specialise them, loaded modules and launches.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use bytemuck::Pod;
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, sys};
+use cudarc::nvrtc::Ptx;
+
+use super::compile::{CompileError, Compiler, Program, Target};
+use super::error::{CudaError, Doing};
+use super::label;
+use super::open::Gpu;
+use crate::device::LayerGeometry;
+use crate::label::LabelPlan;
+use crate::shape::RowType;
+
+/// What is fixed when kernels are compiled.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Specialisation {
+    /// Channels of a key and of a value.
+    pub head_dim: usize,
+    /// Element type of rows.
+    pub row_type: RowType,
+    /// Query heads that share a lane.
+    pub group: usize,
+    /// The label plan; `None` for kernels that read no labels.
+    pub plan: Option<LabelPlan>,
+}
+
+impl Specialisation {
+    /// Of a layer's rows, without labels.
+    #[must_use]
+    pub fn rows(geometry: &LayerGeometry) -> Self {
+        Self { head_dim: geometry.head_dim, row_type: geometry.row_type, group: geometry.heads.group(), plan: None }
+    }
+
+    /// Of a layer's rows and labels.
+    #[must_use]
+    pub fn labels(geometry: &LayerGeometry, plan: &LabelPlan) -> Self {
+        Self { plan: Some(plan.clone()), ..Self::rows(geometry) }
+    }
+
+    /// `-D` options: `HEAD_DIM`, `ROW_TYPE` (0 f32, 1 f16, 2 bf16), `GROUP`, and with a plan `PLAN_GROUPS` ({channels, bits}, ...),
+    /// `N_GROUPS`, `LABEL_BYTES`, `CHANNELS`.
+    fn options(&self) -> Vec<String> {
+        let row_type = match self.row_type {
+            RowType::F32 => 0,
+            RowType::F16 => 1,
+            RowType::Bf16 => 2,
+        };
+        let mut options =
+            vec![format!("-DHEAD_DIM={}", self.head_dim), format!("-DROW_TYPE={row_type}"), format!("-DGROUP={}", self.group)];
+        if let Some(plan) = &self.plan {
+            let groups: Vec<String> = plan.groups().iter().map(|group| format!("{{{},{}}}", group.channels, group.bits)).collect();
+            options.push(format!("-DPLAN_GROUPS={}", groups.join(",")));
+            options.push(format!("-DN_GROUPS={}", groups.len()));
+            options.push(format!("-DLABEL_BYTES={}", plan.label_bytes()));
+            options.push(format!("-DCHANNELS={}", plan.channels()));
+        }
+        options
+    }
+}
+
+/// A CUDA source of ours. Each becomes a module of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Source {
+    /// Keys to label pages.
+    Label,
+}
+
+/// What the sources include.
+const HEADERS: [(&str, &str); 1] = [("common.cuh", include_str!("common.cuh"))];
+
+impl Source {
+    /// Every source.
+    pub const ALL: [Self; 1] = [Self::Label];
+
+    /// File name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Label => "label.cu",
+        }
+    }
+
+    fn text(self) -> &'static str {
+        match self {
+            Self::Label => include_str!("label.cu"),
+        }
+    }
+
+    /// Whether the source is compiled for a label plan.
+    #[must_use]
+    pub fn needs_plan(self) -> bool {
+        match self {
+            Self::Label => true,
+        }
+    }
+
+    /// Sizes of the jobs that cross to the device, by the name of a macro. The source asserts them.
+    fn job_bytes(self) -> Vec<(&'static str, usize)> {
+        match self {
+            Self::Label => vec![("LABEL_JOB_BYTES", size_of::<label::LabelLaunch>())],
+        }
+    }
+
+    /// Machine code of this source. Needs no GPU.
+    ///
+    /// # Errors
+    /// What the compiler says.
+    pub fn compile(self, compiler: &Compiler, specialisation: &Specialisation, target: Target) -> Result<Vec<u8>, CompileError> {
+        let mut options = specialisation.options();
+        options.extend(self.job_bytes().into_iter().map(|(name, bytes)| format!("-D{name}={bytes}")));
+        options.extend(["--std=c++17", "-lineinfo"].map(str::to_owned));
+        compiler.compile(&Program { name: self.name(), source: self.text(), headers: &HEADERS, options }, target)
+    }
+}
+
+/// A source compiled and loaded.
+#[derive(Clone, Debug)]
+pub struct Module {
+    module: Arc<CudaModule>,
+    context: Arc<CudaContext>,
+}
+
+impl Module {
+    /// Compiles (or takes from the cache) and loads a source.
+    ///
+    /// # Errors
+    /// What the compiler or the driver says.
+    pub fn load(gpu: &Gpu, compiler: &Compiler, source: Source, specialisation: &Specialisation) -> Result<Self, CudaError> {
+        let cubin = source.compile(compiler, specialisation, Target { capability: gpu.capability })?;
+        let module = gpu.context.load_module(Ptx::from_binary(cubin)).doing(source.name())?;
+        Ok(Self { module, context: Arc::clone(&gpu.context) })
+    }
+
+    /// A kernel by name, allowed `shared_bytes` of dynamic shared memory.
+    ///
+    /// # Errors
+    /// A name that the source does not have, or more shared memory than the device has.
+    pub fn kernel(&self, name: &'static str, shared_bytes: usize) -> Result<Kernel, CudaError> {
+        let function = self.module.load_function(name).doing(name)?;
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        function.set_attribute(attribute, shared_bytes as i32).doing(name)?;
+        Ok(Kernel { name, function, context: Arc::clone(&self.context), shared_bytes })
+    }
+}
+
+/// Blocks and threads of a launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grid {
+    /// Blocks.
+    pub blocks: [usize; 3],
+    /// Threads of a block.
+    pub threads: usize,
+}
+
+/// A kernel that takes one plain-data job by value.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    name: &'static str,
+    function: CudaFunction,
+    context: Arc<CudaContext>,
+    shared_bytes: usize,
+}
+
+impl Kernel {
+    /// The function, to ask for its attributes.
+    #[must_use]
+    pub fn function(&self) -> &CudaFunction {
+        &self.function
+    }
+
+    /// Enqueues the kernel with all the shared memory it was allowed. A grid without blocks is no launch.
+    ///
+    /// # Safety
+    /// `job` is the kernel's job type; every address in it stays valid, for as many bytes as the kernel's description says, until the stream
+    /// has passed this point, and nothing else writes there meanwhile.
+    ///
+    /// # Errors
+    /// A launch that the driver refuses.
+    pub unsafe fn launch<J: Pod>(&self, stream: &CudaStream, grid: Grid, job: &J) -> Result<(), CudaError> {
+        let [x, y, z] = grid.blocks.map(|count| count as u32);
+        if x == 0 || y == 0 || z == 0 {
+            return Ok(());
+        }
+        self.context.bind_to_thread().doing("entering the context")?;
+        let mut parameters = [std::ptr::from_ref(job).cast_mut().cast::<c_void>()];
+        // SAFETY: the kernel has one parameter, of the job's type by the caller's promise; it is copied by the call.
+        let result = unsafe {
+            sys::cuLaunchKernel(
+                self.function.cu_function(),
+                x,
+                y,
+                z,
+                grid.threads as u32,
+                1,
+                1,
+                self.shared_bytes as u32,
+                stream.cu_stream(),
+                parameters.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        };
+        result.result().doing(self.name)
+    }
+}
