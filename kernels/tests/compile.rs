@@ -37,7 +37,7 @@ fn specialisations() -> Vec<Specialisation> {
             for turn in 0..2 {
                 let group = [1, 2, 4, 7, 8, 16][(t + 2 * d + 3 * turn) % 6];
                 let plan = plans[(d + 3 * turn + t) % plans.len()].clone();
-                all.push(Specialisation { head_dim: usize::from(head_dim), row_type, group, plan: Some(plan) });
+                all.push(Specialisation { head_dim: usize::from(head_dim), row_type, group, plan: Some(plan), replays_trace: false });
             }
         }
     }
@@ -63,7 +63,7 @@ fn every_source_compiles_for_every_specialisation() {
 #[test]
 fn the_compilers_words_reach_the_error() {
     let Some(compiler) = compiler() else { return };
-    let no_plan = Specialisation { head_dim: 64, row_type: RowType::F16, group: 1, plan: None };
+    let no_plan = Specialisation { head_dim: 64, row_type: RowType::F16, group: 1, plan: None, replays_trace: false };
     let error = Source::Label.compile(&compiler, &no_plan, TARGETS[0]).expect_err("labels need a plan");
     let CompileError::Source { ref name, ref log, .. } = error else { panic!("{error}") };
     assert_eq!(name, "label.cu");

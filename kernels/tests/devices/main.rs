@@ -1,6 +1,7 @@
 //! Every device does what a naive model says. The models here are written on their own and share no code with the crate.
 
 mod attend;
+mod batch;
 mod calibrator;
 mod data;
 mod hot;

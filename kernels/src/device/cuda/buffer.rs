@@ -43,6 +43,20 @@ impl<T: Pod> DeviceBuffer<T> {
         Ok(buffer)
     }
 
+    /// `len` elements of which every bit is one.
+    ///
+    /// # Errors
+    /// Memory that the device does not have.
+    pub fn filled(context: &Arc<CudaContext>, len: usize) -> Result<Self, CudaError> {
+        let buffer = Self::uninitialised(context, len)?;
+        if len > 0 {
+            // SAFETY: the buffer has this many bytes and no one else knows its address.
+            unsafe { sys::cuMemsetD8_v2(buffer.address, 0xFF, buffer.bytes()) }.result().doing("filling device memory")?;
+            context.synchronize().doing("filling device memory")?;
+        }
+        Ok(buffer)
+    }
+
     /// `len` elements of any content; all bit patterns are values of a plain-data type.
     ///
     /// # Errors
@@ -185,6 +199,22 @@ impl<T: Pod> DeviceBuffer<T> {
             unsafe { sys::cuMemsetD8Async(to, 0, range.len() * size_of::<T>(), stream.cu_stream()) }
                 .result()
                 .doing("clearing device memory")?;
+        }
+        Ok(())
+    }
+
+    /// Enqueues ones into every bit of the elements of `range`.
+    ///
+    /// # Errors
+    /// A call that the driver refuses.
+    pub fn fill(&mut self, stream: &CudaStream, range: Range<usize>) -> Result<(), CudaError> {
+        let to = self.checked(range.start, range.len());
+        self.context.bind_to_thread().doing("entering the context")?;
+        if !range.is_empty() {
+            // SAFETY: the range lies in the buffer.
+            unsafe { sys::cuMemsetD8Async(to, 0xFF, range.len() * size_of::<T>(), stream.cu_stream()) }
+                .result()
+                .doing("filling device memory")?;
         }
         Ok(())
     }

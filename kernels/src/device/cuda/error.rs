@@ -29,6 +29,21 @@ pub enum CudaError {
         /// What the driver said.
         source: DriverError,
     },
+    /// A shape or a number that there is no kernel or no room for.
+    #[error("{field}: {value} is outside {low} to {high}")]
+    Bound {
+        /// What was given.
+        field: &'static str,
+        /// Value given.
+        value: u64,
+        /// Least value served.
+        low: u64,
+        /// Greatest value served.
+        high: u64,
+    },
+    /// A capture without a launch.
+    #[error("cuda: nothing was captured")]
+    NothingCaptured,
     /// Any other call that the driver refused.
     #[error("cuda: {what}: {source}")]
     Driver {

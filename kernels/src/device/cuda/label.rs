@@ -38,6 +38,7 @@ pub struct Labeller {
     channels: DeviceBuffer<u16>,
     low: DeviceBuffer<f32>,
     reciprocal: DeviceBuffer<f32>,
+    step: DeviceBuffer<f32>,
 }
 
 impl Labeller {
@@ -55,6 +56,7 @@ impl Labeller {
         let module = Module::load(gpu, compiler, Source::Label, &Specialisation::labels(geometry, &coder.plan))?;
         let channels: Vec<u16> = coder.lanes.iter().flat_map(|lane| lane.channels.iter().copied()).collect();
         let low: Vec<f32> = coder.lanes.iter().flat_map(|lane| lane.low.iter().copied()).collect();
+        let step: Vec<f32> = coder.lanes.iter().flat_map(|lane| lane.step.iter().copied()).collect();
         let reciprocal: Vec<f32> = coder.lanes.iter().flat_map(|lane| lane.step.iter().map(|step| 1.0 / step)).collect();
         assert_eq!(channels.len(), geometry.heads.lanes() * coder.plan.channels(), "channels of all lanes");
         Ok(Self {
@@ -63,7 +65,20 @@ impl Labeller {
             channels: DeviceBuffer::from_slice(stream, &channels)?,
             low: DeviceBuffer::from_slice(stream, &low)?,
             reciprocal: DeviceBuffer::from_slice(stream, &reciprocal)?,
+            step: DeviceBuffer::from_slice(stream, &step)?,
         })
+    }
+
+    /// Address of the kept channels, u16 `[lane][channels]`.
+    #[must_use]
+    pub fn channels(&self) -> u64 {
+        self.channels.address()
+    }
+
+    /// Address of the differences between neighbouring codes, f32 `[lane][channels]`.
+    #[must_use]
+    pub fn steps(&self) -> u64 {
+        self.step.address()
     }
 
     /// Enqueues the labels of `count` pages. `pages` and `labels` are the addresses of device tables of `count` addresses each: of pages of

@@ -3,12 +3,15 @@
 //! Layers, from below: `cudarc` binds the driver; `buffer`, `compile` and `module` check what is passed and own what is made; `label` and
 //! `many` know one kernel each. A launch takes one plain-data job, whose size both sides assert.
 
+pub mod batch;
 pub mod buffer;
 pub mod compile;
 pub mod error;
+pub mod jobs;
 pub mod label;
 pub mod module;
 pub mod open;
+pub mod step;
 
 pub use error::{CudaError, Doing};
 pub use open::{Gpu, OpenError};

@@ -9,8 +9,8 @@ use cudarc::nvrtc::Ptx;
 
 use super::compile::{CompileError, Compiler, Program, Target};
 use super::error::{CudaError, Doing};
-use super::label;
 use super::open::Gpu;
+use super::{jobs, label};
 use crate::device::LayerGeometry;
 use crate::label::LabelPlan;
 use crate::shape::RowType;
@@ -26,13 +26,15 @@ pub struct Specialisation {
     pub group: usize,
     /// The label plan; `None` for kernels that read no labels.
     pub plan: Option<LabelPlan>,
+    /// Whether scores give way to the keys of a trace, for benches.
+    pub replays_trace: bool,
 }
 
 impl Specialisation {
     /// Of a layer's rows, without labels.
     #[must_use]
     pub fn rows(geometry: &LayerGeometry) -> Self {
-        Self { head_dim: geometry.head_dim, row_type: geometry.row_type, group: geometry.heads.group(), plan: None }
+        Self { head_dim: geometry.head_dim, row_type: geometry.row_type, group: geometry.heads.group(), plan: None, replays_trace: false }
     }
 
     /// Of a layer's rows and labels.
@@ -58,6 +60,9 @@ impl Specialisation {
             options.push(format!("-DLABEL_BYTES={}", plan.label_bytes()));
             options.push(format!("-DCHANNELS={}", plan.channels()));
         }
+        if self.replays_trace {
+            options.push("-DTRACE_KEYS".to_owned());
+        }
         options
     }
 }
@@ -67,26 +72,51 @@ impl Specialisation {
 pub enum Source {
     /// Keys to label pages.
     Label,
+    /// Newest rows to their places.
+    Append,
+    /// Labels to importance keys.
+    Score,
+    /// Keys to selected positions.
+    Select,
+    /// Victims, and the gather of missing rows.
+    Hot,
+    /// Attention over listed rows.
+    Attend,
 }
 
 /// What the sources include.
-const HEADERS: [(&str, &str); 1] = [("common.cuh", include_str!("common.cuh"))];
+const HEADERS: [(&str, &str); 4] = [
+    ("common.cuh", include_str!("common.cuh")),
+    ("mma.cuh", include_str!("mma.cuh")),
+    ("types.cuh", include_str!("types.cuh")),
+    ("tile.cuh", include_str!("tile.cuh")),
+];
 
 impl Source {
     /// Every source.
-    pub const ALL: [Self; 1] = [Self::Label];
+    pub const ALL: [Self; 6] = [Self::Label, Self::Append, Self::Score, Self::Select, Self::Hot, Self::Attend];
 
     /// File name.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Label => "label.cu",
+            Self::Append => "append.cu",
+            Self::Score => "score.cu",
+            Self::Select => "select.cu",
+            Self::Hot => "hot.cu",
+            Self::Attend => "attend.cu",
         }
     }
 
     fn text(self) -> &'static str {
         match self {
             Self::Label => include_str!("label.cu"),
+            Self::Append => include_str!("append.cu"),
+            Self::Score => include_str!("score.cu"),
+            Self::Select => include_str!("select.cu"),
+            Self::Hot => include_str!("hot.cu"),
+            Self::Attend => include_str!("attend.cu"),
         }
     }
 
@@ -94,7 +124,8 @@ impl Source {
     #[must_use]
     pub fn needs_plan(self) -> bool {
         match self {
-            Self::Label => true,
+            Self::Label | Self::Score => true,
+            Self::Append | Self::Select | Self::Hot | Self::Attend => false,
         }
     }
 
@@ -102,6 +133,12 @@ impl Source {
     fn job_bytes(self) -> Vec<(&'static str, usize)> {
         match self {
             Self::Label => vec![("LABEL_JOB_BYTES", size_of::<label::LabelLaunch>())],
+            Self::Append | Self::Score | Self::Select | Self::Hot | Self::Attend => vec![
+                ("SEQUENCE_STATE_BYTES", size_of::<jobs::SequenceState>()),
+                ("LAYER_PLACE_BYTES", size_of::<jobs::LayerPlace>()),
+                ("PART_COUNTS_BYTES", size_of::<jobs::PartCounts>()),
+                ("STEP_JOB_BYTES", size_of::<jobs::StepJob>()),
+            ],
         }
     }
 

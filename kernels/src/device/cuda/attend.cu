@@ -1,0 +1,333 @@
+// Attention of one query token a batch slot over the selected rows, then the rows from the horizon on, all on the device.
+//
+// A lane's rows are one list: the selected ones in position order, then the newest. A block attends `block_rows` consecutive entries of it,
+// its warps sixteen rows at a time, and leaves a partial result; `merge` joins the partials in block order. So the result depends on the
+// list alone, not on where a row lay, on the batch or on how many blocks ran at once.
+//
+// Keys by queries and values by weights run on tensor cores, straight from registers: a thread loads 16 bytes of a row, and the order of
+// channels within a product is whatever those loads give. Queries and weights are split into two halves each (split_rows), which keeps
+// their 21 and more bits.
+#include "types.cuh"
+#include "mma.cuh"
+
+constexpr u32 WARPS = 4;
+constexpr u32 THREADS = 32 * WARPS;
+constexpr u32 TILE = 16;
+constexpr u32 PARTIAL = GROUP * (HEAD_DIM + 2);
+constexpr u32 MERGE_THREADS = 512;
+constexpr float LOWEST = -3.0e38f;
+
+// The rows that a lane attends.
+struct List {
+    const u32* positions;
+    const u32* places;
+    const u8* hot;   // of the lane
+    const u8* tail;
+    u64 tail_stride;
+    u32 listed, entries, horizon, tail_chunks;
+    bool resident;  // row p lies at hot place p
+};
+
+__device__ __forceinline__ List list_of(const StepJob& job, const SequenceState& sequence, const LayerPlace& place, u32 slot, u32 lane) {
+    const u64 own_lane = slot * job.lanes + lane;
+    List list;
+    list.horizon = sequence.chunks * CHUNK_TOKENS;
+    list.listed = sequence.count;
+    list.entries = sequence.count + sequence.length - list.horizon;
+    list.resident = place.map == 0;
+    list.positions = sequence.count == list.horizon ? nullptr : reinterpret_cast<const u32*>(job.positions) + own_lane * job.max_count;
+    list.places = reinterpret_cast<const u32*>(job.hot_places) + own_lane * job.max_count;
+    list.hot = reinterpret_cast<const u8*>(place.hot) + (u64)lane * place.pool * ROW_BYTES;
+    list.tail_chunks = place.tail_chunks;
+    list.tail_stride = job.page_bytes;
+    list.tail = reinterpret_cast<const u8*>(place.tail) + (u64)lane * CHUNK_TOKENS * ROW_BYTES;
+    return list;
+}
+
+__device__ __forceinline__ const u8* row_of(const List& list, u32 entry) {
+    if (entry < list.listed) {
+        const u32 at = !list.resident ? list.places[entry] : list.positions ? list.positions[entry] : entry;
+        return list.hot + (u64)at * ROW_BYTES;
+    }
+    const u32 row = list.horizon + entry - list.listed;
+    return list.tail + row / CHUNK_TOKENS % list.tail_chunks * list.tail_stride + row % CHUNK_TOKENS * ROW_BYTES;
+}
+
+// Running maximum (log2) and sum of the softmax by head, and the weighted values.
+struct __align__(16) BlockResult {
+    float largest[GROUP], sum[GROUP];
+    float values[GROUP][HEAD_DIM];
+};
+
+#if ROW_TYPE != ROW_F32
+constexpr u32 COLUMN_TILES = (GROUP + 7) / 8;
+constexpr u32 KEY_PRODUCTS = HEAD_DIM / 16;
+// Row elements that a thread loads of a value at once: all eight threads of a row together load contiguous bytes.
+constexpr u32 VALUE_WORDS = HEAD_DIM % 64 == 0 ? 4 : 2;
+constexpr u32 VALUE_LOADS = HEAD_DIM / (16 * VALUE_WORDS);
+
+// The queries of a lane as B operands: [column tile][product][thread] high and low halves.
+struct Queries {
+    uint4 b[COLUMN_TILES][KEY_PRODUCTS][32];
+};
+
+__device__ __forceinline__ void set_queries(const StepJob& job, u32 slot, u32 lane, Queries& out) {
+    for (u32 i = threadIdx.x; i < COLUMN_TILES * KEY_PRODUCTS * 32; i += THREADS) {
+        const u32 thread = i % 32, product = i / 32 % KEY_PRODUCTS, tile = i / 32 / KEY_PRODUCTS;
+        const u32 head = 8 * tile + thread / 4, channel = product / 2 * 32 + thread % 4 * 8 + product % 2 * 4;
+        float4 q = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (head < GROUP) {
+            const float* query = reinterpret_cast<const float*>(job.query) + ((u64)(slot * job.lanes + lane) * GROUP + head) * HEAD_DIM;
+            q = *reinterpret_cast<const float4*>(query + channel);
+        }
+        const Split first = split_rows(q.x * job.score_scale, q.y * job.score_scale), second = split_rows(q.z * job.score_scale, q.w * job.score_scale);
+        out.b[tile][product][thread] = {first.high, second.high, first.low, second.low};
+    }
+    __syncthreads();
+}
+
+struct Keys {
+    uint4 row[2][HEAD_DIM / 32];
+};
+
+struct Values {
+    u32 row[4][VALUE_LOADS][VALUE_WORDS];
+};
+
+__device__ __forceinline__ Keys load_keys(const List& list, u32 entry, u32 last) {
+    const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    Keys keys;
+#pragma unroll
+    for (u32 r = 0; r < 2; r++) {
+        const u8* row = row_of(list, min(entry + g + 8 * r, last)) + 16 * t;
+#pragma unroll
+        for (u32 i = 0; i < HEAD_DIM / 32; i++) keys.row[r][i] = load_16_once(row + 64 * i);
+    }
+    return keys;
+}
+
+__device__ __forceinline__ Values load_values(const List& list, u32 entry, u32 last) {
+    const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    Values values;
+#pragma unroll
+    for (u32 r = 0; r < 4; r++) {
+        const u8* row = row_of(list, min(entry + 2 * t + r % 2 + r / 2 * 8, last)) + HEAD_DIM * ELEMENT_BYTES + 4 * VALUE_WORDS * g;
+#pragma unroll
+        for (u32 i = 0; i < VALUE_LOADS; i++) {
+            if constexpr (VALUE_WORDS == 4) {
+                const uint4 words = load_16_once(row + 128 * i);
+                values.row[r][i][0] = words.x, values.row[r][i][1] = words.y, values.row[r][i][2] = words.z, values.row[r][i][3] = words.w;
+            } else {
+                const uint2 words = *reinterpret_cast<const uint2*>(row + 64 * i);
+                values.row[r][i][0] = words.x, values.row[r][i][1] = words.y;
+            }
+        }
+    }
+    return values;
+}
+
+// One warp's running result for eight heads. Threads hold columns (heads) 2t and 2t + 1.
+struct Running {
+    float largest[2], sum[2];
+    float values[VALUE_LOADS][VALUE_WORDS][4];
+};
+
+__device__ __forceinline__ float column_max(float x) {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
+    return x;
+}
+
+__device__ __forceinline__ void attend_tile(const Keys& keys, const Values& values, const uint4 (&queries)[KEY_PRODUCTS][32], u32 valid, Running& running) {
+    const u32 thread = threadIdx.x % 32, g = thread / 4;
+    float scores[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+    for (u32 product = 0; product < KEY_PRODUCTS; product++) {
+        const uint4 low = keys.row[0][product / 2], high = keys.row[1][product / 2];
+        const uint4 b = queries[product][thread];
+        const u32 a0 = product % 2 ? low.z : low.x, a2 = product % 2 ? low.w : low.y;
+        const u32 a1 = product % 2 ? high.z : high.x, a3 = product % 2 ? high.w : high.y;
+        mma_rows(scores, a0, a1, a2, a3, b.x, b.y);
+        mma_rows(scores, a0, a1, a2, a3, b.z, b.w);
+    }
+    if (g >= valid) scores[0] = scores[1] = LOWEST;
+    if (g + 8 >= valid) scores[2] = scores[3] = LOWEST;
+    float keep[2];
+#pragma unroll
+    for (u32 column = 0; column < 2; column++) {
+        const float largest = fmaxf(running.largest[column], column_max(fmaxf(scores[column], scores[2 + column])));
+        keep[column] = exp2_fast(running.largest[column] - largest);
+        running.largest[column] = largest;
+        scores[column] = exp2_fast(scores[column] - largest);
+        scores[2 + column] = exp2_fast(scores[2 + column] - largest);
+        running.sum[column] = running.sum[column] * keep[column] + scores[column] + scores[2 + column];
+    }
+    const Split first = split_rows(scores[0], scores[1]), second = split_rows(scores[2], scores[3]);
+    const u32 b[4] = {transposed(first.high), transposed(second.high), transposed(first.low), transposed(second.low)};
+#pragma unroll
+    for (u32 load = 0; load < VALUE_LOADS; load++) {
+#pragma unroll
+        for (u32 word = 0; word < VALUE_WORDS; word++) {
+            float(&sums)[4] = running.values[load][word];
+            sums[0] *= keep[0], sums[1] *= keep[1], sums[2] *= keep[0], sums[3] *= keep[1];
+            const u32 a0 = __byte_perm(values.row[0][load][word], values.row[1][load][word], 0x5410);
+            const u32 a1 = __byte_perm(values.row[0][load][word], values.row[1][load][word], 0x7632);
+            const u32 a2 = __byte_perm(values.row[2][load][word], values.row[3][load][word], 0x5410);
+            const u32 a3 = __byte_perm(values.row[2][load][word], values.row[3][load][word], 0x7632);
+            mma_rows(sums, a0, a1, a2, a3, b[0], b[1]);
+            mma_rows(sums, a0, a1, a2, a3, b[2], b[3]);
+        }
+    }
+}
+
+// Joins a warp's result to the block's, which holds that of the warps before.
+__device__ __forceinline__ void join(Running& running, u32 tile, bool first, BlockResult& block) {
+    const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (u32 column = 0; column < 2; column++) {
+        const u32 head = 8 * tile + 2 * t + column;
+        const u32 of = min(head, GROUP - 1);
+        float sum = running.sum[column];
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+        const float before = first ? LOWEST : block.largest[of];
+        const float largest = fmaxf(before, running.largest[column]);
+        const float keep = first ? 0.0f : exp2_fast(before - largest), share = exp2_fast(running.largest[column] - largest);
+        const float total = (first ? 0.0f : block.sum[of] * keep) + sum * share;
+        __syncwarp();
+        if (head < GROUP) {
+            if (g == 0) block.largest[head] = largest, block.sum[head] = total;
+#pragma unroll
+            for (u32 load = 0; load < VALUE_LOADS; load++) {
+#pragma unroll
+                for (u32 word = 0; word < VALUE_WORDS; word++) {
+#pragma unroll
+                    for (u32 row = 0; row < 2; row++) {
+                        const u32 channel = load * 16 * VALUE_WORDS + g * 2 * VALUE_WORDS + 2 * word + row;
+                        float* value = &block.values[head][channel];
+                        *value = (first ? 0.0f : *value * keep) + running.values[load][word][2 * row + column] * share;
+                    }
+                }
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void attend_entries(const StepJob& job, const List& list, u32 slot, u32 lane, u32 begin, u32 end, BlockResult& block) {
+    __shared__ Queries queries;
+    set_queries(job, slot, lane, queries);
+    const u32 warp = threadIdx.x / 32;
+    Running running[COLUMN_TILES];
+#pragma unroll
+    for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
+        running[tile] = {};
+        running[tile].largest[0] = running[tile].largest[1] = LOWEST;
+    }
+    for (u32 entry = begin + warp * TILE; entry < end; entry += THREADS / 32 * TILE) {
+        const Keys keys = load_keys(list, entry, end - 1);
+        const Values values = load_values(list, entry, end - 1);
+#pragma unroll
+        for (u32 tile = 0; tile < COLUMN_TILES; tile++) attend_tile(keys, values, queries.b[tile], end - entry, running[tile]);
+    }
+    for (u32 turn = 0; turn < WARPS; turn++) {
+        if (warp == turn) {
+#pragma unroll
+            for (u32 tile = 0; tile < COLUMN_TILES; tile++) join(running[tile], tile, turn == 0, block);
+        }
+        __syncthreads();
+    }
+}
+#else
+// Rows of f32 are for tests and small models: plain arithmetic, a warp a row.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
+    return x;
+}
+
+__device__ __forceinline__ void attend_entries(const StepJob& job, const List& list, u32 slot, u32 lane, u32 begin, u32 end, BlockResult& block) {
+    constexpr u32 own = HEAD_DIM / 32;
+    const u32 warp = threadIdx.x / 32, thread = threadIdx.x % 32;
+    // Warps take heads in turns: each head meets all rows of the block in order.
+    for (u32 head = warp; head < GROUP; head += WARPS) {
+        const float* query = reinterpret_cast<const float*>(job.query) + ((u64)(slot * job.lanes + lane) * GROUP + head) * HEAD_DIM;
+        float values[own] = {}, largest = LOWEST, sum = 0.0f;
+        for (u32 entry = begin; entry < end; entry++) {
+            const float* row = reinterpret_cast<const float*>(row_of(list, entry));
+            float score = 0.0f;
+#pragma unroll
+            for (u32 i = 0; i < own; i++) score += query[i * 32 + thread] * row[i * 32 + thread];
+            score = warp_sum(score) * job.score_scale;
+            const float now = fmaxf(largest, score), keep = exp2_fast(largest - now), weight = exp2_fast(score - now);
+            largest = now;
+            sum = sum * keep + weight;
+#pragma unroll
+            for (u32 i = 0; i < own; i++) values[i] = values[i] * keep + weight * row[HEAD_DIM + i * 32 + thread];
+        }
+        if (thread == 0) block.largest[head] = largest, block.sum[head] = sum;
+#pragma unroll
+        for (u32 i = 0; i < own; i++) block.values[head][i * 32 + thread] = values[i];
+    }
+    __syncthreads();
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS) attend(const StepJob job) {
+    __shared__ BlockResult block;
+    const u32 lane = blockIdx.y, slot = blockIdx.z;
+    const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
+    if (sequence.length == 0) return;
+    const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
+    const List list = list_of(job, sequence, place, slot, lane);
+    const u32 begin = blockIdx.x * job.block_rows, end = min(list.entries, begin + job.block_rows);
+    if (begin >= end) return;
+    attend_entries(job, list, slot, lane, begin, end, block);
+    float* partial = reinterpret_cast<float*>(job.partials) + ((u64)(slot * job.lanes + lane) * job.max_blocks + blockIdx.x) * PARTIAL;
+    for (u32 i = threadIdx.x; i < GROUP; i += THREADS) partial[i] = block.largest[i], partial[GROUP + i] = block.sum[i];
+    for (u32 i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) partial[2 * GROUP + i] = (&block.values[0][0])[i];
+}
+
+// A block joins the partials of one query head: a part of the blocks by each group of HEAD_DIM threads, then the groups in order.
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge(const StepJob job) {
+    constexpr u32 TEAMS = MERGE_THREADS / HEAD_DIM;
+    __shared__ float team_values[TEAMS][HEAD_DIM], team_sum[TEAMS], shared_largest[MERGE_THREADS / 32];
+    const u32 head = blockIdx.x, lane = blockIdx.y, slot = blockIdx.z;
+    const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
+    if (sequence.length == 0) return;
+    const u32 entries = sequence.count + sequence.length - sequence.chunks * CHUNK_TOKENS;
+    const u32 blocks = (entries + job.block_rows - 1) / job.block_rows;
+    const float* partials = reinterpret_cast<const float*>(job.partials) + (u64)(slot * job.lanes + lane) * job.max_blocks * PARTIAL;
+    const u64 query_head = (u64)(slot * job.lanes + lane) * GROUP + head;
+    float* output = reinterpret_cast<float*>(job.output) + query_head * HEAD_DIM;
+    float largest = LOWEST;
+    for (u32 block = threadIdx.x; block < blocks; block += MERGE_THREADS) largest = fmaxf(largest, partials[(u64)block * PARTIAL + head]);
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, step));
+    if (threadIdx.x % 32 == 0) shared_largest[threadIdx.x / 32] = largest;
+    __syncthreads();
+    for (u32 warp = 0; warp < MERGE_THREADS / 32; warp++) largest = fmaxf(largest, shared_largest[warp]);
+    const u32 team = threadIdx.x / HEAD_DIM, channel = threadIdx.x % HEAD_DIM;
+    if (team < TEAMS) {
+        float value = 0.0f, sum = 0.0f;
+#pragma unroll 4
+        for (u32 block = team; block < blocks; block += TEAMS) {
+            const float* partial = partials + (u64)block * PARTIAL;
+            const float share = exp2_fast(partial[head] - largest);
+            sum += partial[GROUP + head] * share;
+            value += partial[2 * GROUP + head * HEAD_DIM + channel] * share;
+        }
+        team_values[team][channel] = value;
+        if (channel == 0) team_sum[team] = sum;
+    }
+    __syncthreads();
+    if (team == 0) {
+        float value = 0.0f, sum = 0.0f;
+#pragma unroll
+        for (u32 other = 0; other < TEAMS; other++) value += team_values[other][channel], sum += team_sum[other];
+        output[channel] = blocks ? value / sum : 0.0f;
+        if (channel == 0) {
+            const float infinite = minus_infinity();
+            reinterpret_cast<float*>(job.lse)[query_head] = blocks ? (largest + log2f(sum)) * 0.6931471805599453f : infinite;
+        }
+    }
+}

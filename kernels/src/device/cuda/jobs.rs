@@ -1,0 +1,142 @@
+//! The job of a decode step's kernels and what it points to: the structures of types.cuh.
+
+use bytemuck::{Pod, Zeroable};
+
+/// Place of a row that is not hot. A lane has fewer hot places than this.
+pub const COLD: u16 = u16::MAX;
+/// Owner of a hot place without a row; host place of a row that is written nowhere.
+pub const NOBODY: u32 = u32::MAX;
+/// Bins that keys are counted in, by their upper 11 bits.
+pub const BINS: usize = 2048;
+/// Values of the lower 5 bits.
+pub const REFINED: usize = 32;
+/// Blocks that share a lane while rows are selected.
+pub const PARTS: usize = 16;
+/// Blocks that share a lane while the sample is scored.
+pub const SAMPLE_PARTS: usize = 16;
+
+/// What a step needs to know of the sequence in a batch slot.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable, PartialEq, Eq)]
+pub struct SequenceState {
+    /// Address of u32 by chunk: host place of its rows, `segment << 16 | index`.
+    pub slots: u64,
+    /// Address of u32 by chunk: place of its labels.
+    pub label_slots: u64,
+    /// End of the attended rows: the query's position + 1. Zero: nobody is in this batch slot.
+    pub length: u32,
+    /// Chunks before the horizon.
+    pub chunks: u32,
+    /// Rows to select a lane; `chunks * 256` for all of them.
+    pub count: u32,
+    /// First rows that are always selected.
+    pub sinks: u32,
+    /// Host place of the chunk that the newest row is written to, or [`NOBODY`].
+    pub append_to: u32,
+    /// Zero.
+    pub unused: u32,
+}
+
+/// Where one layer of the sequence in a batch slot lies on the device.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct LayerPlace {
+    /// `[label slot][lane][256 x label_bytes]`.
+    pub labels: u64,
+    /// `[chunk % tail_chunks][lane][256][row_bytes]`: rows from the horizon on.
+    pub tail: u64,
+    /// `[lane][pool][row_bytes]`.
+    pub hot: u64,
+    /// u16 `[lane][max_rows]`: hot place of a row, or [`COLD`]. Zero: row p lies at hot place p.
+    pub map: u64,
+    /// u32 `[lane][pool]`: row of a hot place, or [`NOBODY`].
+    pub owner: u64,
+    /// Hot places a lane.
+    pub pool: u32,
+    /// Pages of the tail.
+    pub tail_chunks: u32,
+}
+
+/// What a part of a lane's rows contributes to the lane's list.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct PartCounts {
+    /// Its first index in the list.
+    pub first: u32,
+    /// Rows that are not hot.
+    pub missed: u32,
+    /// The lane's threshold key.
+    pub threshold: u32,
+    /// Last selected row of exactly the threshold in this part, plus 1; 0 without one.
+    pub last_tie: u32,
+}
+
+/// One layer of one step for all batch slots. Addresses, and what lies there by batch slot: see types.cuh.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct StepJob {
+    /// [`SequenceState`] by batch slot.
+    pub sequences: u64,
+    /// [`LayerPlace`] by batch slot.
+    pub places: u64,
+    /// u64 by segment: device address of this layer's plane.
+    pub planes: u64,
+    /// `[slot][lane][row_bytes]`: newest rows.
+    pub new_rows: u64,
+    /// Bytes of a page of rows.
+    pub page_bytes: u64,
+    /// u16 `[lane][channels]`.
+    pub channels: u64,
+    /// f32 `[lane][channels]`.
+    pub steps: u64,
+    /// f32 `[slot][query head][head_dim]`.
+    pub query: u64,
+    /// f32 `[slot][query head][head_dim]`.
+    pub output: u64,
+    /// f32 `[slot][query head]`.
+    pub lse: u64,
+    /// f32 `[slot][query head][SAMPLE_PARTS][2]`.
+    pub label_lse: u64,
+    /// u16 `[slot][lane][max_rows]`.
+    pub keys: u64,
+    /// u32 `[slot][lane][BINS]`.
+    pub histogram: u64,
+    /// u32 `[slot][lane][PARTS][1 + REFINED]`.
+    pub above: u64,
+    /// u32 `[slot][lane][max_count]`.
+    pub positions: u64,
+    /// u32 `[slot][lane][max_count]`.
+    pub hot_places: u64,
+    /// u32 `[slot][lane][max_count]`.
+    pub misses: u64,
+    /// [`PartCounts`] `[slot][lane][PARTS]`.
+    pub part_counts: u64,
+    /// u32 `[slot][lane][BINS]`.
+    pub victim_bins: u64,
+    /// u32 `[slot][lane][max_count]`.
+    pub victims: u64,
+    /// u32 `[slot][lane][2]`.
+    pub victim_counts: u64,
+    /// f32 `[slot][lane][max_blocks][group x (head_dim + 2)]`.
+    pub partials: u64,
+    /// u64 `[slot][2]`: hits and misses.
+    pub counters: u64,
+    /// u16 `[slot][lane][trace_rows]`, or zero.
+    pub trace: u64,
+    /// Lanes.
+    pub lanes: u32,
+    /// Rows a lane has room for: a multiple of 256.
+    pub max_rows: u32,
+    /// Selected rows a lane has room for.
+    pub max_count: u32,
+    /// Attention blocks a lane has room for.
+    pub max_blocks: u32,
+    /// Listed rows of an attention block.
+    pub block_rows: u32,
+    /// Rows of the trace.
+    pub trace_rows: u32,
+    /// Softmax scale times log2 e.
+    pub score_scale: f32,
+    /// Batch slots.
+    pub slots: u32,
+}

@@ -1,0 +1,223 @@
+// Label scores and importance keys, by the definition at `ScoreJob` (kernels/src/device/mod.rs).
+//
+// `sample` scores the sampled rows for every head's log-sum-exp; `score` passes over all labels once and writes keys, and counts their
+// upper bits for select.cu.
+#include "types.cuh"
+#include "tile.cuh"
+
+constexpr u32 SAMPLE_THREADS = 256;
+constexpr u32 SCORE_THREADS = 512;
+// 2^-121, the importance of key 0, and the bits that a key leaves out: kernels/src/select.
+constexpr float SMALLEST_KEYED = 3.76158192263132e-37f;
+constexpr u32 KEY_SHIFT = 14;
+constexpr float LOWEST = -3.0e38f;
+
+// A running sum of powers of two.
+struct PowerSum {
+    float largest, sum;
+};
+
+__device__ __forceinline__ PowerSum joined(PowerSum a, PowerSum b) {
+    const float largest = fmaxf(a.largest, b.largest);
+    return {largest, a.sum * exp2_fast(a.largest - largest) + b.sum * exp2_fast(b.largest - largest)};
+}
+
+// The rows that give the log-sum-exps: all of the first and the newest chunk, and of every other chunk one block of 16 in `stride`.
+struct Sample {
+    u32 chunks, stride, blocks;
+};
+
+__device__ __forceinline__ Sample sample_of(u32 chunks) {
+    u32 stride = 1;
+    while (stride < 16 && stride * 64 < chunks) stride *= 2;
+    const u32 whole = min(chunks, 2);
+    return {chunks, stride, whole * 16 + (chunks - whole) * (16 / stride)};
+}
+
+// One block of the sample: its chunk, its place in the chunk, and log2 of how many blocks it stands for.
+struct SampledBlock {
+    u32 chunk, block;
+    float weight;
+};
+
+__device__ __forceinline__ SampledBlock sampled_block(const Sample sample, u32 index) {
+    if (index < 16) return {0, index, 0.0f};
+    if (index < 32) return {sample.chunks - 1, index - 16, 0.0f};
+    const u32 a_chunk = 16 / sample.stride, chunk = 1 + (index - 32) / a_chunk;
+    return {chunk, (index - 32) % a_chunk * sample.stride + 5 * chunk % sample.stride, log2f((float)sample.stride)};
+}
+
+extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS) sample(const StepJob job) {
+    __shared__ LaneWeights weights;
+    __shared__ PowerSum warp_sums[SAMPLE_THREADS / 32][8 * COLUMN_TILES];
+    const u32 lane = blockIdx.y, slot = blockIdx.z, part = blockIdx.x;
+    const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
+    if (sequence.length == 0 || sequence.chunks == 0) return;
+    const u64 own_lane = slot * job.lanes + lane;
+    // What the kernels after this one count in.
+    for (u32 bin = part * SAMPLE_THREADS + threadIdx.x; bin < BINS; bin += SAMPLE_PARTS * SAMPLE_THREADS) {
+        reinterpret_cast<u32*>(job.histogram)[own_lane * BINS + bin] = 0;
+        reinterpret_cast<u32*>(job.victim_bins)[own_lane * BINS + bin] = 0;
+    }
+    if (part == 0 && threadIdx.x < 2) reinterpret_cast<u32*>(job.victim_counts)[own_lane * 2 + threadIdx.x] = 0;
+    set_weights(job, slot, lane, weights);
+    Fragments fragments;
+    fragments_of_group<0>(weights, fragments);
+    const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
+    const u32 warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    PowerSum sums[COLUMN_TILES][2];
+#pragma unroll
+    for (u32 tile = 0; tile < COLUMN_TILES; tile++) sums[tile][0] = sums[tile][1] = {LOWEST, 0.0f};
+    const Sample rows = sample_of(sequence.chunks);
+    constexpr u32 A_UNIT = 2 * LOADS;
+    for (u32 unit = part + SAMPLE_PARTS * warp; unit * A_UNIT < rows.blocks; unit += SAMPLE_PARTS * (SAMPLE_THREADS / 32)) {
+        const u8* from[LOADS];
+#pragma unroll
+        for (u32 load = 0; load < LOADS; load++) {
+            const SampledBlock block = sampled_block(rows, min(unit * A_UNIT + 2 * load + g / 4, rows.blocks - 1));
+            from[load] = label_page(job, sequence, place, block.chunk, lane) + block.block * 16 * LABEL_BYTES;
+        }
+        const Scores scores = score_unit(from, fragments);
+#pragma unroll
+        for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
+#pragma unroll
+            for (u32 sum = 0; sum < SUMS; sum++) {
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) {
+                    const u32 index = unit * A_UNIT + row_of(sum, i % 2) / 16;
+                    const float weight = sampled_block(rows, min(index, rows.blocks - 1)).weight;
+                    if (index < rows.blocks) sums[tile][i % 2] = joined(sums[tile][i % 2], {scores.x[tile][sum][i] + weight, 1.0f});
+                }
+            }
+        }
+    }
+    // Threads whose columns are of one head: the same t (all g), and every PADDED / 2 threads of them.
+#pragma unroll
+    for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
+#pragma unroll
+        for (u32 column = 0; column < 2; column++) {
+            PowerSum& own = sums[tile][column];
+#pragma unroll
+            for (int step = PADDED <= 2 ? 1 : PADDED / 2; step < 32; step *= 2) {
+                const PowerSum other = {__shfl_xor_sync(0xFFFFFFFFu, own.largest, step), __shfl_xor_sync(0xFFFFFFFFu, own.sum, step)};
+                own = joined(own, other);
+            }
+        }
+        if constexpr (PADDED == 1) sums[tile][0] = joined(sums[tile][0], sums[tile][1]);
+        if (g == 0) {
+            if (2 * t < PADDED) warp_sums[warp][8 * tile + 2 * t] = sums[tile][0];
+            if (2 * t + 1 < PADDED) warp_sums[warp][8 * tile + 2 * t + 1] = sums[tile][1];
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < GROUP) {
+        PowerSum all = {LOWEST, 0.0f};
+        for (u32 other = 0; other < SAMPLE_THREADS / 32; other++) all = joined(all, warp_sums[other][threadIdx.x]);
+        reinterpret_cast<PowerSum*>(job.label_lse)[(own_lane * GROUP + threadIdx.x) * SAMPLE_PARTS + part] = all;
+    }
+}
+
+// Log-sum-exps (log2) of the lane's heads, by all threads of the block; ends with a barrier.
+__device__ __forceinline__ void set_lse(const StepJob& job, u64 own_lane, float* lse) {
+    if (threadIdx.x < GROUP) {
+        const PowerSum* parts = reinterpret_cast<const PowerSum*>(job.label_lse) + (own_lane * GROUP + threadIdx.x) * SAMPLE_PARTS;
+        PowerSum all = {LOWEST, 0.0f};
+        for (u32 part = 0; part < SAMPLE_PARTS; part++) all = joined(all, parts[part]);
+        lse[threadIdx.x] = all.largest + log2f(all.sum);
+    }
+    __syncthreads();
+}
+
+// The largest float below 128: its key is the largest.
+constexpr float LARGEST_KEYED = 127.99999f;
+
+__device__ __forceinline__ u32 key_of(float importance) {
+    const float keyed = fminf(fmaxf(importance, SMALLEST_KEYED), LARGEST_KEYED);
+    return (__float_as_uint(keyed) - __float_as_uint(SMALLEST_KEYED)) >> KEY_SHIFT;
+}
+
+// 2^floor(y) * (1 + y - floor(y)), y between -126 and 7, from y * 2^23 + 127 * 2^23: the bits of the result.
+__device__ __forceinline__ float piecewise_exp2(float shifted) {
+    const float clamped = fminf(fmaxf(shifted, 8388608.0f), 134.0f * 8388608.0f);
+    return __int_as_float(__float2int_rz(clamped));
+}
+
+// Sums a row's importance over the threads that hold its heads, and writes two rows' keys.
+__device__ __forceinline__ void write_keys(float first, float second, bool writes, u32 row, u32 sinks, const u16* trace, u32 trace_rows, u16* keys, u32* bins) {
+#pragma unroll
+    for (int step = 1; step < (int)PADDED / 2; step *= 2) {
+        first += __shfl_xor_sync(0xFFFFFFFFu, first, step);
+        second += __shfl_xor_sync(0xFFFFFFFFu, second, step);
+    }
+    if (!writes) return;
+    u32 low = key_of(first), high = key_of(second);
+#ifdef TRACE_KEYS
+    // A bench replays recorded selections: the computed keys are thrown away (at the very end, so that they are computed).
+    if (first != -1.0f && trace) low = trace[row % trace_rows], high = trace[(row + 1) % trace_rows];
+#endif
+    if (row < sinks) low = 0xFFFF;
+    if (row + 1 < sinks) high = 0xFFFF;
+    *reinterpret_cast<u32*>(keys + row) = low | high << 16;
+    atomicAdd(&bins[low / REFINED], 1);
+    atomicAdd(&bins[high / REFINED], 1);
+}
+
+extern "C" __global__ void __launch_bounds__(SCORE_THREADS, 2) score(const StepJob job) {
+    __shared__ LaneWeights weights;
+    __shared__ float lse[GROUP];
+    __shared__ u32 bins[BINS];
+    const u32 lane = blockIdx.y, slot = blockIdx.z;
+    const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
+    if (sequence.length == 0 || sequence.chunks == 0) return;
+    const u64 own_lane = slot * job.lanes + lane;
+    for (u32 bin = threadIdx.x; bin < BINS; bin += SCORE_THREADS) bins[bin] = 0;
+    set_weights(job, slot, lane, weights);
+    set_lse(job, own_lane, lse);
+    Fragments fragments;
+    fragments_of_group<0>(weights, fragments);
+    const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    float bias[COLUMN_TILES][2];
+#pragma unroll
+    for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
+#pragma unroll
+        for (u32 column = 0; column < 2; column++) {
+            const u32 head = 8 * tile + (2 * t + column) % PADDED;
+            // Columns without a head give the least power there is, which no key shows.
+            bias[tile][column] = head < GROUP ? (127.0f - lse[head < GROUP ? head : 0]) * 8388608.0f : LOWEST;
+        }
+    }
+    const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
+    u16* keys = reinterpret_cast<u16*>(job.keys) + own_lane * job.max_rows;
+    const u16* trace = job.trace ? reinterpret_cast<const u16*>(job.trace) + own_lane * job.trace_rows : nullptr;
+    const u32 units = sequence.chunks * UNITS_A_CHUNK;
+    constexpr u32 WARPS = SCORE_THREADS / 32;
+    for (u32 unit = blockIdx.x * WARPS + threadIdx.x / 32; unit < units; unit += gridDim.x * WARPS) {
+        const u32 chunk = unit / UNITS_A_CHUNK;
+        const u8* first = label_page(job, sequence, place, chunk, lane) + unit % UNITS_A_CHUNK * (UNIT * LABEL_BYTES);
+        const u8* from[LOADS];
+#pragma unroll
+        for (u32 load = 0; load < LOADS; load++) from[load] = first + (2 * load + g / 4) * 16 * LABEL_BYTES;
+        const Scores scores = score_unit(from, fragments);
+#pragma unroll
+        for (u32 sum = 0; sum < SUMS; sum++) {
+            float importance[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+            for (u32 tile = 0; tile < COLUMN_TILES; tile++)
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) importance[i] += piecewise_exp2(scores.x[tile][sum][i] * 8388608.0f + bias[tile][i % 2]);
+            const u32 row = unit * UNIT + row_of(sum, 0);
+            if constexpr (PADDED == 1) {
+                // Two columns are two products' rows.
+                write_keys(importance[0], importance[2], true, row, sequence.sinks, trace, job.trace_rows, keys, bins);
+                write_keys(importance[1], importance[3], true, unit * UNIT + row_of(sum, 1), sequence.sinks, trace, job.trace_rows, keys, bins);
+            } else {
+                const bool writes = PADDED <= 2 || t % (PADDED / 2) == 0;
+                write_keys(importance[0] + importance[1], importance[2] + importance[3], writes, row, sequence.sinks, trace, job.trace_rows, keys, bins);
+            }
+        }
+    }
+    __syncthreads();
+    u32* histogram = reinterpret_cast<u32*>(job.histogram) + own_lane * BINS;
+    for (u32 bin = threadIdx.x; bin < BINS; bin += SCORE_THREADS)
+        if (bins[bin]) atomicAdd(&histogram[bin], bins[bin]);
+}

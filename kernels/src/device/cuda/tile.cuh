@@ -1,0 +1,224 @@
+// Label scores of a unit of rows on tensor cores: packed codes are unsigned bytes after a shift and a mask, query weights signed bytes.
+//
+// A unit is UNIT rows of one lane. The eight columns of the product are the lane's query heads, padded to PADDED; where that leaves
+// columns over, they take further rows of the unit instead (weights of column n are those of head n % PADDED, and zero unless it is the
+// turn of n / PADDED), so that no accumulator is idle.
+#pragma once
+#include "types.cuh"
+#include "mma.cuh"
+
+struct Group {
+    u32 channels, bits;
+};
+constexpr Group GROUPS[N_GROUPS] = {PLAN_GROUPS};
+
+constexpr u32 PADDED = GROUP <= 1 ? 1 : GROUP <= 2 ? 2 : GROUP <= 4 ? 4 : 8;
+constexpr u32 COLUMN_TILES = (GROUP + 7) / 8;
+constexpr u32 TURNS = 8 / PADDED;
+// Sixteen rows are one product; a load of 16 bytes a thread brings 32 rows.
+constexpr u32 SUMS = TURNS == 1 ? 2 : 1;
+constexpr u32 UNIT = 16 * TURNS * SUMS;
+constexpr u32 LOADS = UNIT / 32;
+constexpr u32 UNITS_A_CHUNK = CHUNK_TOKENS / UNIT;
+
+// 16-bit groups are two planes of 8 bits: low bytes, then high bytes.
+__device__ constexpr u32 planes_of(u32 group) { return GROUPS[group].bits == 16 ? 2 : 1; }
+__device__ constexpr u32 planes_before(u32 group) { return group == 0 ? 0 : planes_before(group - 1) + planes_of(group - 1); }
+constexpr u32 PLANES = planes_before(N_GROUPS);
+__device__ constexpr u32 quads_of(u32 group) { return GROUPS[group].channels / 4; }
+__device__ constexpr u32 quads_before(u32 group) { return group == 0 ? 0 : quads_before(group - 1) + quads_of(group - 1); }
+constexpr u32 QUADS = CHANNELS / 4;
+// A product takes eight quads of one group.
+__device__ constexpr u32 products_of(u32 group) { return (quads_of(group) + 7) / 8; }
+__device__ constexpr u32 products_before(u32 group) { return group == 0 ? 0 : products_before(group - 1) + products_of(group - 1); }
+constexpr u32 PRODUCTS = products_before(N_GROUPS);
+__device__ constexpr u32 bytes_before(u32 group) {
+    return group == 0 ? 0 : bytes_before(group - 1) + 16 * GROUPS[group - 1].channels * GROUPS[group - 1].bits / 8;
+}
+
+// Query weights of one lane, by kernels/src/label/weights.rs.
+struct LaneWeights {
+    u32 quads[GROUP][QUADS];          // four signed bytes each
+    float factors[GROUP][N_GROUPS];   // unit x softmax scale x log2 e
+};
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, step));
+    return x;
+}
+
+// One warp a head. Products and roundings one by one: the weights are the same bits on every device.
+template <u32 G>
+__device__ __forceinline__ void weights_of_group(const float* query, const u16* channels, const float* steps, float scale, u32 head, LaneWeights& out) {
+    constexpr u32 first = 4 * quads_before(G), count = GROUPS[G].channels;
+    const u32 lane = threadIdx.x % 32;
+    float largest = 0.0f;
+    for (u32 c = lane; c < count; c += 32) largest = fmaxf(largest, fabsf(__fmul_rn(query[channels[first + c]], steps[first + c])));
+    largest = warp_max(largest);
+    const bool nothing = largest < 1e-30f;
+    const float factor = nothing ? 0.0f : __fdiv_rn(127.0f, largest);
+    const float unit = nothing ? 0.0f : __fdiv_rn(largest, 127.0f);
+    s8* weights = reinterpret_cast<s8*>(out.quads[head]);
+    for (u32 c = lane; c < count; c += 32) {
+        const float product = __fmul_rn(query[channels[first + c]], steps[first + c]);
+        weights[first + c] = (s8)floorf(__fadd_rn(__fmul_rn(product, factor), 0.5f));
+    }
+    if (lane == 0) out.factors[head][G] = unit * scale;
+    if constexpr (G + 1 < N_GROUPS) weights_of_group<G + 1>(query, channels, steps, scale, head, out);
+}
+
+// The weights of `lane_index` of a batch slot, by all threads of the block; ends with a barrier.
+__device__ __forceinline__ void set_weights(const StepJob& job, u32 slot, u32 lane_index, LaneWeights& out) {
+    const u16* channels = reinterpret_cast<const u16*>(job.channels) + lane_index * CHANNELS;
+    const float* steps = reinterpret_cast<const float*>(job.steps) + lane_index * CHANNELS;
+    for (u32 head = threadIdx.x / 32; head < GROUP; head += blockDim.x / 32) {
+        const float* query = reinterpret_cast<const float*>(job.query) + ((u64)(slot * job.lanes + lane_index) * GROUP + head) * HEAD_DIM;
+        weights_of_group<0>(query, channels, steps, job.score_scale, head, out);
+    }
+    __syncthreads();
+}
+
+// What a thread keeps of the weights: by column tile and product, for each turn. Threads of other turns hold zeros.
+struct Fragments {
+    u32 b[COLUMN_TILES][PRODUCTS][2];
+    float factors[COLUMN_TILES][PLANES][2];
+};
+
+template <u32 G>
+__device__ __forceinline__ void fragments_of_group(const LaneWeights& weights, Fragments& out) {
+    const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
+        const u32 head = 8 * tile + g % PADDED;
+#pragma unroll
+        for (u32 product = 0; product < products_of(G); product++) {
+#pragma unroll
+            for (u32 half = 0; half < 2; half++) {
+                const u32 quad = 8 * product + 4 * half + t;
+                const bool present = quad < quads_of(G) && head < GROUP;
+                out.b[tile][products_before(G) + product][half] = present ? weights.quads[present ? head : 0][quads_before(G) + (present ? quad : 0)] : 0;
+            }
+        }
+#pragma unroll
+        for (u32 plane = 0; plane < planes_of(G); plane++) {
+#pragma unroll
+            for (u32 column = 0; column < 2; column++) {
+                const u32 of = 8 * tile + (2 * t + column) % PADDED;
+                out.factors[tile][planes_before(G) + plane][column] = of < GROUP ? weights.factors[of < GROUP ? of : 0][G] * (plane ? 256.0f : 1.0f) : 0.0f;
+            }
+        }
+    }
+    if constexpr (G + 1 < N_GROUPS) fragments_of_group<G + 1>(weights, out);
+}
+
+// Codes of one product's A operand: quads 8 * PRODUCT + t and + 4 of 32 rows, which are two blocks of 16 rows of a label page: `block` is the
+// first for threads of g < 4 and the second for the others. Word w of a thread is token 4 * (g % 4) + w of its block.
+template <u32 G, u32 PRODUCT, u32 PLANE>
+__device__ __forceinline__ void load_codes(const u8* block, u32 (&codes)[2][4]) {
+    constexpr u32 bits = GROUPS[G].bits;
+    const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const u8* group = block + bytes_before(G);
+#pragma unroll
+    for (u32 half = 0; half < 2; half++) {
+        const u32 quad = 8 * PRODUCT + 4 * half + t;
+        // Quads of this half that exist at all, known to the compiler.
+        constexpr u32 whole = bits == 2 ? quads_of(G) / 4 * 4 : quads_of(G);
+        const u32 base = 8 * PRODUCT + 4 * half;
+        if (base >= quads_of(G)) {
+#pragma unroll
+            for (u32 w = 0; w < 4; w++) codes[half][w] = 0;
+        } else if (bits == 2 && base >= whole) {
+            // The last 8 channels of a 2-bit group: 16 bits a token, nibbles spread to bytes, then two bits a quad.
+            const uint2 words = *reinterpret_cast<const uint2*>(group + whole * 16 + (g % 4) * 8);
+            const u32 pairs[2] = {words.x, words.y};
+#pragma unroll
+            for (u32 w = 0; w < 4; w++) {
+                u32 word = w % 2 ? pairs[w / 2] >> 16 : pairs[w / 2] & 0xFFFFu;
+                word = (word | word << 8) & 0x00FF00FFu;
+                word = (word | word << 4) & 0x0F0F0F0Fu;
+                codes[half][w] = word >> (t < 2 ? 2 * t : 0) & 0x03030303u;
+            }
+        } else {
+            constexpr u32 a_vector = bits == 16 ? 1 : 8 / bits;
+            const u32 safe = quad < quads_of(G) ? quad : base;
+            const u32 vector = bits == 16 ? 2 * safe + PLANE : safe / a_vector;
+            const uint4 words = load_16_once(group + vector * 64 + (g % 4) * 16);
+            const u32 shift = safe % a_vector * (bits == 16 ? 8 : bits);
+            constexpr u32 mask = bits == 2 ? 0x03030303u : bits == 4 ? 0x0F0F0F0Fu : 0xFFFFFFFFu;
+            codes[half][0] = words.x >> shift & mask;
+            codes[half][1] = words.y >> shift & mask;
+            codes[half][2] = words.z >> shift & mask;
+            codes[half][3] = words.w >> shift & mask;
+        }
+    }
+}
+
+struct Sums {
+    int c[COLUMN_TILES][SUMS][PLANES][4];
+};
+
+template <u32 G, u32 PRODUCT, u32 PLANE>
+__device__ __forceinline__ void add_products(const u8* block, u32 load, const Fragments& weights, Sums& sums) {
+    u32 codes[2][4];
+    load_codes<G, PRODUCT, PLANE>(block, codes);
+    const u32 g = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (u32 m = 0; m < 2; m++) {
+        const u32 product = 2 * load + m, turn = product % TURNS, sum = product / TURNS;
+        const u32 a[4] = {codes[0][2 * m], codes[0][2 * m + 1], codes[1][2 * m], codes[1][2 * m + 1]};
+#pragma unroll
+        for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
+            const u32(&b)[2] = weights.b[tile][products_before(G) + PRODUCT];
+            const bool mine = TURNS == 1 || g / PADDED == turn;
+            mma_bytes(sums.c[tile][sum][planes_before(G) + PLANE], a, mine ? b[0] : 0, mine ? b[1] : 0);
+        }
+    }
+    if constexpr (PLANE + 1 < planes_of(G)) {
+        add_products<G, PRODUCT, PLANE + 1>(block, load, weights, sums);
+    } else if constexpr (PRODUCT + 1 < products_of(G)) {
+        add_products<G, PRODUCT + 1, 0>(block, load, weights, sums);
+    } else if constexpr (G + 1 < N_GROUPS) {
+        add_products<G + 1, 0, 0>(block, load, weights, sums);
+    }
+}
+
+// Scores in log2 of a unit. Score [tile][sum][2 * r + c] of thread (g, t) is that of head 8 * tile + (2 * t + c) % PADDED and of row
+// row_of(sum, c) + r of the unit.
+struct Scores {
+    float x[COLUMN_TILES][SUMS][4];
+};
+
+__device__ __forceinline__ u32 row_of(u32 sum, u32 column) {
+    const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const u32 product = sum * TURNS + (2 * t + column) / PADDED % TURNS;
+    return product / 2 * 32 + g / 4 * 16 + g % 4 * 4 + product % 2 * 2;
+}
+
+// `blocks` are the blocks of 16 rows that this thread loads from.
+__device__ __forceinline__ Scores score_unit(const u8* const (&blocks)[LOADS], const Fragments& weights) {
+    Sums sums = {};
+#pragma unroll
+    for (u32 load = 0; load < LOADS; load++) add_products<0, 0, 0>(blocks[load], load, weights, sums);
+    Scores scores;
+#pragma unroll
+    for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
+#pragma unroll
+        for (u32 sum = 0; sum < SUMS; sum++) {
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                float x = 0.0f;
+#pragma unroll
+                for (u32 plane = 0; plane < PLANES; plane++) x += (float)sums.c[tile][sum][plane][i] * weights.factors[tile][plane][i % 2];
+                scores.x[tile][sum][i] = x;
+            }
+        }
+    }
+    return scores;
+}
+
+// Label page of a chunk's lane.
+__device__ __forceinline__ const u8* label_page(const StepJob& job, const SequenceState& sequence, const LayerPlace& place, u32 chunk, u32 lane) {
+    const u32 at = reinterpret_cast<const u32*>(sequence.label_slots)[chunk];
+    return reinterpret_cast<const u8*>(place.labels) + ((u64)at * job.lanes + lane) * (CHUNK_TOKENS * LABEL_BYTES);
+}

@@ -1,0 +1,89 @@
+// The job of a decode step's kernels and what it points to. The same structures are in jobs.rs.
+#pragma once
+
+#include "common.cuh"
+
+typedef signed char s8;
+
+// Place of a row that is not hot, and owner of a hot place without a row.
+constexpr u32 COLD = 0xFFFFu;
+constexpr u32 NOBODY = 0xFFFFFFFFu;
+// A histogram of keys counts their upper 11 bits; the lower 5 are refined.
+constexpr u32 BINS = 2048;
+constexpr u32 REFINED = 32;
+// Blocks that share a lane while the sample is scored.
+constexpr u32 SAMPLE_PARTS = 16;
+// Blocks that share a lane while rows are selected: each takes a contiguous part of the rows.
+constexpr u32 PARTS = 16;
+
+// What a step needs to know of the sequence in a batch slot. In device memory, changed between launches only.
+struct SequenceState {
+    u64 slots;        // u32[chunk]: host place of a chunk's rows: segment << 16 | index
+    u64 label_slots;  // u32[chunk]: place of its labels
+    u32 length;       // end of the attended rows: the query's position + 1; 0: nobody is in this batch slot
+    u32 chunks;       // chunks before the horizon
+    u32 count;        // rows to select a lane; chunks * 256 for all of them
+    u32 sinks;        // first rows that are always selected
+    u32 append_to;    // host place of the chunk that the newest row is written to: segment << 16 | index; NOBODY: none
+    u32 unused;
+};
+
+// Where one layer of the sequence in a batch slot lies on the device. In device memory.
+struct LayerPlace {
+    u64 labels;  // [label slot][lane][256 x LABEL_BYTES]
+    u64 tail;    // [chunk % tail_chunks][lane][256][ROW_BYTES]: rows from the horizon on
+    u64 hot;     // [lane][pool][ROW_BYTES]
+    u64 map;     // u16[lane][max_rows]: hot place of a row, or COLD
+    u64 owner;   // u32[lane][pool]: row of a hot place, or NOBODY
+    u32 pool;    // hot places a lane; at most COLD
+    u32 tail_chunks;
+};
+
+// What a part of a lane's rows contributes to the lane's list.
+struct PartCounts {
+    u32 first;      // its first index in the list
+    u32 missed;     // rows that are not hot, listed from `first` on in `misses`
+    u32 threshold;  // the lane's: rows of larger keys are selected
+    u32 last_tie;   // last selected row of exactly the threshold in this part, plus 1; 0: none
+};
+
+// One layer of one step for all batch slots.
+struct StepJob {
+    u64 sequences;     // SequenceState[slot]
+    u64 places;        // LayerPlace[slot], of this layer
+    u64 planes;        // u64[segment]: device address of this layer's plane in a host segment
+    u64 new_rows;      // [slot][lane][ROW_BYTES]: the newest row of each sequence
+    u64 page_bytes;    // bytes of a page of rows: lanes x 256 x ROW_BYTES
+    u64 channels;      // u16[lane][CHANNELS]
+    u64 steps;         // f32[lane][CHANNELS]
+    u64 query;         // f32[slot][query head][HEAD_DIM]
+    u64 output;        // f32[slot][query head][HEAD_DIM]
+    u64 lse;           // f32[slot][query head], natural
+    u64 label_lse;     // f32[slot][query head][SAMPLE_PARTS][2]: maximum (log2) and sum of the sampled label scores
+    u64 keys;          // u16[slot][lane][max_rows]
+    u64 histogram;     // u32[slot][lane][BINS]: keys by their upper bits
+    u64 above;         // u32[slot][lane][PARTS][1 + REFINED]
+    u64 positions;     // u32[slot][lane][max_count]: selected rows, ascending
+    u64 hot_places;    // u32[slot][lane][max_count]: where they are hot
+    u64 misses;        // u32[slot][lane][max_count]: indices of selected rows that are not hot, by part
+    u64 part_counts;   // PartCounts[slot][lane][PARTS]
+    u64 victim_bins;   // u32[slot][lane][BINS]: hot rows that may be dropped, likewise
+    u64 victims;       // u32[slot][lane][max_count]: hot places to be taken
+    u64 victim_counts; // u32[slot][lane][2]: places taken of lower bins and of the last one
+    u64 partials;      // f32[slot][lane][max_blocks][PARTIAL]
+    u64 counters;      // u64[slot][2]: hits and misses since they were reset
+    u64 trace;         // u16[slot][lane][trace_rows]: keys to be selected by instead of the computed ones, or 0
+    u32 lanes;
+    u32 max_rows;      // multiple of 256
+    u32 max_count;
+    u32 max_blocks;    // attention blocks a lane
+    u32 block_rows;    // listed rows of an attention block: a multiple of 64
+    u32 trace_rows;
+    float score_scale; // softmax scale x log2 e
+    u32 slots;
+};
+
+static_assert(sizeof(SequenceState) == SEQUENCE_STATE_BYTES, "as in jobs.rs");
+static_assert(sizeof(LayerPlace) == LAYER_PLACE_BYTES, "as in jobs.rs");
+static_assert(sizeof(PartCounts) == PART_COUNTS_BYTES, "as in jobs.rs");
+static_assert(sizeof(StepJob) == STEP_JOB_BYTES, "as in jobs.rs");

@@ -1,0 +1,267 @@
+//! The resident decode step of the CUDA device: rows in host memory in random slots, labels and hot rows on the device.
+
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use sluice_kernels::budget::{Budget, Settings};
+use sluice_kernels::device::cuda::Gpu;
+use sluice_kernels::device::cuda::batch::{Batch, BatchShape, Kept};
+use sluice_kernels::device::cuda::buffer::PinnedBuffer;
+use sluice_kernels::device::cuda::compile::Compiler;
+use sluice_kernels::device::reference::Reference;
+use sluice_kernels::device::{AttendJob, Device, LabelJob, ScoreJob, SelectJob};
+use sluice_kernels::label::{LabelCoder, LabelPlan};
+use sluice_kernels::shape::RowType;
+
+use crate::data::{Layer, Shape, assert_close};
+
+/// The GPU, where the environment asks for it.
+fn gpu() -> Option<(Gpu, Compiler)> {
+    if std::env::var("SLUICE_TEST_DEVICES").as_deref() != Ok("cuda") {
+        eprintln!("NOT COVERED: the resident step. SLUICE_TEST_DEVICES=cuda runs it on a GPU.");
+        return None;
+    }
+    Some((Gpu::open(0).expect("a GPU"), Compiler::find().expect("NVRTC")))
+}
+
+/// A made-up layer whose chunks lie in random places of one pinned segment.
+struct Hosted {
+    layer: Layer,
+    coder: LabelCoder,
+    rows: PinnedBuffer<u8>,
+    places: Vec<u32>,
+}
+
+const PLAN: &str = "16@4+32@2";
+
+fn hosted(gpu: &Gpu, shape: Shape, plan: &str, seed: u64) -> Hosted {
+    let mut layer = Layer::new(shape, seed);
+    let plan: LabelPlan = plan.parse().expect("a plan");
+    let coder = layer.coder(&plan);
+    let mut places: Vec<u32> = (0..layer.pages.len() as u32 + 3).collect();
+    places.shuffle(&mut StdRng::seed_from_u64(seed));
+    places.truncate(layer.pages.len());
+    let page_bytes = layer.geometry.page_bytes();
+    let mut rows = PinnedBuffer::zeroed(&gpu.context, (layer.pages.len() + 3) * page_bytes).expect("pinned memory");
+    for (page, &place) in layer.pages.iter().zip(&places) {
+        rows[place as usize * page_bytes..][..page_bytes].copy_from_slice(page);
+    }
+    Hosted { layer, coder, rows, places }
+}
+
+impl Hosted {
+    fn shape(&self, kept: Kept, max_count: usize) -> BatchShape {
+        BatchShape {
+            geometry: self.layer.geometry,
+            plan: self.coder.plan.clone(),
+            layers: 1,
+            slots: 1,
+            max_tokens: self.layer.pages.len() * 256,
+            max_count,
+            kept,
+            tail_chunks: 3,
+            block_rows: 64,
+            gather_blocks: 8,
+            trace_rows: None,
+        }
+    }
+
+    /// Seats the sequence in a batch of its own, rows up to `length`.
+    fn seated(&self, gpu: &Gpu, compiler: &Compiler, shape: &BatchShape, length: usize, settings: &Settings) -> Batch {
+        let mut batch = Batch::new(gpu, compiler, shape, &[&self.coder]).expect("a batch");
+        let page_bytes = self.layer.geometry.page_bytes() as u64;
+        batch.set_planes(0, &[self.rows.address()]).expect("planes");
+        batch.seat(0, &self.places).expect("seated");
+        let horizon = settings.horizon(length) / 256;
+        let pages: Vec<u64> = self.places[..horizon].iter().map(|&place| self.rows.address() + u64::from(place) * page_bytes).collect();
+        // SAFETY: the pages are pinned for as long as this value lives.
+        unsafe { batch.make_labels(0, 0, 0, &pages) }.expect("labels");
+        for chunk in horizon..length.div_ceil(256) {
+            batch.load_tail(0, 0, chunk, &self.layer.pages[chunk]).expect("tail");
+        }
+        if shape.kept == Kept::Everything {
+            for (chunk, page) in self.layer.pages[..horizon].iter().enumerate() {
+                for lane in 0..self.layer.shape.lanes {
+                    let lane_bytes = 256 * self.layer.geometry.row_bytes();
+                    batch.load_rows(0, 0, lane, chunk * 256, &page[lane * lane_bytes..(lane + 1) * lane_bytes]).expect("rows");
+                }
+            }
+        }
+        batch.set_length(0, length, settings, None).expect("a length that fits");
+        batch
+    }
+
+    /// The newest row of every lane.
+    fn newest(&self, length: usize) -> Vec<u8> {
+        let geometry = self.layer.geometry;
+        let page = &self.layer.pages[(length - 1) / 256];
+        (0..self.layer.shape.lanes).flat_map(|lane| page[geometry.row_offset(lane, length - 1)..][..geometry.row_bytes()].to_vec()).collect()
+    }
+
+    fn labels(&self, chunks: usize) -> Vec<Vec<u8>> {
+        let geometry = self.layer.geometry;
+        let label = |page: &Vec<u8>| {
+            let mut labels = vec![0; self.layer.shape.lanes * 256 * self.coder.plan.label_bytes()];
+            Reference.label(&LabelJob { geometry, page, coder: &self.coder }, &mut labels);
+            labels
+        };
+        self.layer.pages[..chunks].iter().map(label).collect()
+    }
+}
+
+fn settings(denominator: u32) -> Settings {
+    let budget = Budget::Ratio { numerator: 1, denominator, floor_tokens: 16, cap_tokens: 0 };
+    Settings { budget, exact_tokens: 64, sink_tokens: 4 }
+}
+
+fn step(batch: &mut Batch, query: &[f32], newest: &[u8]) -> (Vec<f32>, Vec<f32>) {
+    batch.set_queries(0, query).expect("queries");
+    batch.set_new_rows(0, newest).expect("newest rows");
+    batch.send_states().expect("states");
+    batch.enqueue_layer(0).expect("a step");
+    batch.outputs(0).expect("outputs")
+}
+
+#[test]
+fn a_step_selects_and_attends_as_the_reference_does() {
+    let Some((gpu, compiler)) = gpu() else { return };
+    let cases = [
+        (Shape { lanes: 8, group: 4, dim: 128, tokens: 5000, row_type: RowType::F16 }, PLAN, 16),
+        (Shape { lanes: 2, group: 1, dim: 64, tokens: 2300, row_type: RowType::Bf16 }, "32@4", 8),
+        (Shape { lanes: 3, group: 2, dim: 96, tokens: 1100, row_type: RowType::F16 }, "24@2", 4),
+        (Shape { lanes: 1, group: 8, dim: 256, tokens: 3000, row_type: RowType::F16 }, "32@4+64@2", 16),
+        (Shape { lanes: 2, group: 7, dim: 128, tokens: 700, row_type: RowType::Bf16 }, "8@16+8@8+16@4+24@2", 4),
+        (Shape { lanes: 2, group: 16, dim: 64, tokens: 2000, row_type: RowType::F32 }, "8@16+8@2", 8),
+        (Shape { lanes: 1, group: 4, dim: 64, tokens: 40_000, row_type: RowType::F16 }, "8@4+16@2", 64),
+    ];
+    for (seed, (shape, plan, denominator)) in cases.into_iter().enumerate() {
+        let mut hosted = hosted(&gpu, shape, plan, 40 + seed as u64);
+        let (length, settings) = (shape.tokens, settings(denominator));
+        let (horizon, count) = (settings.horizon(length), settings.selected_tokens(length));
+        let query = hosted.layer.queries(1);
+        let mut batch = hosted.seated(&gpu, &compiler, &hosted.shape(Kept::Pool(count + 7), count), length, &settings);
+        let (output, lse) = step(&mut batch, &query, &hosted.newest(length));
+
+        let labels = hosted.labels(horizon / 256);
+        let labels: Vec<&[u8]> = labels.iter().map(Vec::as_slice).collect();
+        let mut expected = vec![0; shape.lanes * horizon];
+        let job = ScoreJob { geometry: hosted.layer.geometry, query: &query, labels: &labels, coder: &hosted.coder };
+        Reference.score(&job, &mut expected);
+        let mut keys = batch.keys(0).expect("keys");
+        for (index, (&key, &expected)) in keys.iter().zip(&expected).enumerate() {
+            let sink = index % horizon < 4;
+            assert!(if sink { key == u16::MAX } else { key.abs_diff(expected) <= 1 }, "{shape:?}: key {index} is {key}, expected {expected}");
+        }
+        for lane in keys.chunks_exact_mut(horizon) {
+            lane[..4].fill(0);
+        }
+        let mut positions = vec![0; shape.lanes * count];
+        Reference.select(&SelectJob { keys: &keys, lanes: shape.lanes, rows: horizon, count, sinks: 4 }, &mut positions);
+        assert!(batch.positions(0).expect("positions") == positions, "{shape:?}: positions");
+
+        let pages = hosted.layer.page_slices();
+        let job = AttendJob {
+            geometry: hosted.layer.geometry,
+            query: &query,
+            pages: &pages,
+            listed: &positions,
+            listed_per_lane: count,
+            exact_from: horizon,
+            exact_to: length,
+            hot: None,
+        };
+        let (mut expected, mut expected_lse) = (vec![0.0; output.len()], vec![0.0; lse.len()]);
+        Reference.attend(&job, &mut expected, &mut expected_lse);
+        let wide = |values: &[f32]| values.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+        assert_close(&format!("{shape:?}: output"), &output, &wide(&expected), 1e-4);
+        assert_close(&format!("{shape:?}: lse"), &lse, &wide(&expected_lse), 1e-4);
+    }
+}
+
+#[test]
+fn what_is_hot_never_changes_a_bit() {
+    let Some((gpu, compiler)) = gpu() else { return };
+    let shape = Shape { lanes: 8, group: 4, dim: 128, tokens: 6000, row_type: RowType::F16 };
+    let mut hosted = hosted(&gpu, shape, PLAN, 7);
+    let settings = settings(8);
+    let count = settings.selected_tokens(6000);
+    let kept = [Kept::Everything, Kept::Pool(count), Kept::Pool(2 * count), Kept::Pool(5000)];
+    let mut batches: Vec<Batch> =
+        kept.iter().map(|&kept| hosted.seated(&gpu, &compiler, &hosted.shape(kept, count), 5100, &settings)).collect();
+    let graphs: Vec<_> = batches.iter().map(|batch| batch.capture(|| batch.enqueue_layer(0)).expect("a graph")).collect();
+    let mut rng = StdRng::seed_from_u64(3);
+    let mut query = hosted.layer.queries(1);
+    let mut all_hits = 0;
+    for number in 0..24 {
+        let length = 5100 + number;
+        // The query drifts, so that steps share most of their rows but not all, and jumps at times.
+        if number % 6 == 5 {
+            query = hosted.layer.queries(1);
+        } else if number > 0 {
+            query.iter_mut().for_each(|x| *x += rng.random_range(-0.15..0.15));
+        }
+        let newest = hosted.newest(length);
+        let mut results = Vec::new();
+        for (index, batch) in batches.iter_mut().enumerate() {
+            batch.set_length(0, length, &settings, None).expect("a length");
+            let result = if (number + index) % 2 == 0 {
+                step(batch, &query, &newest)
+            } else {
+                batch.set_queries(0, &query).expect("queries");
+                batch.set_new_rows(0, &newest).expect("newest rows");
+                batch.send_states().expect("states");
+                graphs[index].launch().expect("a launch");
+                batch.outputs(0).expect("outputs")
+            };
+            results.push((result, batch.positions(0).expect("positions")));
+        }
+        for (kept, result) in kept.iter().zip(&results).skip(1) {
+            assert!(*result == results[0], "step {number}: {kept:?}");
+        }
+        let wanted = (shape.lanes * settings.selected_tokens(length)) as u64;
+        for (kept, batch) in kept.iter().zip(&mut batches).skip(1) {
+            let (hits, misses) = batch.take_counters(0).expect("counters");
+            assert_eq!(hits + misses, wanted, "step {number}: {kept:?}");
+            assert!(number > 0 || hits == 0, "nothing is hot at first");
+            all_hits += hits;
+        }
+    }
+    assert!(all_hits > 0, "some rows were hot");
+    // The same query again: all of its rows are there.
+    for batch in &mut batches[1..] {
+        step(batch, &query, &hosted.newest(5123));
+        let (hits, misses) = batch.take_counters(0).expect("counters");
+        assert!(hits > 0 && misses == 0, "{hits} hits, {misses} misses");
+    }
+}
+
+#[test]
+fn the_newest_row_reaches_the_host_and_the_device() {
+    let Some((gpu, compiler)) = gpu() else { return };
+    let shape = Shape { lanes: 2, group: 2, dim: 64, tokens: 1000, row_type: RowType::F16 };
+    let mut hosted = hosted(&gpu, shape, "8@4+16@2", 9);
+    let settings = settings(4);
+    let count = settings.selected_tokens(1000);
+    let query = hosted.layer.queries(1);
+    let newest = hosted.newest(1000);
+    let mut whole = hosted.seated(&gpu, &compiler, &hosted.shape(Kept::Pool(count), count), 1000, &settings);
+    let expected = step(&mut whole, &query, &newest);
+    // The same sequence without its last row, which the step brings.
+    let place = hosted.places[999 / 256];
+    let at: Vec<usize> = (0..2)
+        .map(|lane| place as usize * hosted.layer.geometry.page_bytes() + hosted.layer.geometry.row_offset(lane, 999))
+        .collect();
+    let row_bytes = hosted.layer.geometry.row_bytes();
+    for &at in &at {
+        hosted.rows[at..at + row_bytes].fill(0xFF);
+    }
+    let page_bytes = hosted.layer.geometry.page_bytes();
+    let mut batch = hosted.seated(&gpu, &compiler, &hosted.shape(Kept::Pool(count), count), 999, &settings);
+    let last_page = hosted.rows[place as usize * page_bytes..][..page_bytes].to_vec();
+    batch.load_tail(0, 0, 999 / 256, &last_page).expect("tail");
+    batch.set_length(0, 1000, &settings, Some(place)).expect("a length");
+    assert!(step(&mut batch, &query, &newest) == expected, "the same result");
+    for (lane, &at) in at.iter().enumerate() {
+        assert!(hosted.rows[at..at + row_bytes] == newest[lane * row_bytes..(lane + 1) * row_bytes], "lane {lane}");
+    }
+}
