@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use sluice_bench::{attach, stress};
+use sluice_bench::{attach, gpu, stress};
 
 #[derive(Parser)]
 #[command(name = "sluice-bench", version, about)]
@@ -17,6 +17,8 @@ enum Command {
     Stress(stress::StressOptions),
     /// Time the same decode steps three ways: directly attached, with the decoder alone, and over gRPC.
     Attach(attach::AttachOptions),
+    /// Time decode steps of a GPU over a cache in host memory, beside dense attention over a resident cache.
+    Gpu(gpu::GpuOptions),
     /// Be the worker of a stress run: orders and results are JSON lines on standard input and output.
     #[command(hide = true)]
     StressWorker,
@@ -35,6 +37,7 @@ fn main() -> Result<()> {
     match Arguments::parse().command {
         Command::Stress(options) => stress::run(&options),
         Command::Attach(options) => attach::run(&options),
+        Command::Gpu(options) => gpu::run(&options),
         Command::StressWorker => stress::worker::run(),
         #[cfg(feature = "model")]
         Command::Generate(arguments) => sluice_bench::generate::run(&arguments),

@@ -57,6 +57,11 @@ impl Mapping {
         self.raw.len()
     }
 
+    /// First byte, to register with a device.
+    pub(crate) fn address(&self) -> *const u8 {
+        self.raw.as_ptr()
+    }
+
     /// Never: an empty file is not mapped.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -75,6 +75,11 @@ impl Segment {
         fill_page_of(&self.rows, plane, self.slots, index, fill)
     }
 
+    /// First byte and length of the mapping, to register with a device.
+    pub(crate) fn memory(&self) -> (*const u8, usize) {
+        (self.rows.address(), self.rows.len())
+    }
+
     /// Maps every page now.
     pub fn populate(&self, threads: usize) {
         self.rows.populate(threads);

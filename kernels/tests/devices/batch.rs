@@ -1,17 +1,23 @@
 //! The resident decode step of the CUDA device: rows in host memory in random slots, labels and hot rows on the device.
 
+use std::sync::Arc;
+
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use sluice_kernels::budget::{Budget, Settings};
 use sluice_kernels::device::cuda::Gpu;
 use sluice_kernels::device::cuda::batch::{Batch, BatchShape, Kept};
-use sluice_kernels::device::cuda::buffer::PinnedBuffer;
+use sluice_kernels::device::cuda::buffer::HostAccess;
 use sluice_kernels::device::cuda::compile::Compiler;
+use sluice_kernels::device::cuda::host::{HostRows, HostSegment};
 use sluice_kernels::device::reference::Reference;
 use sluice_kernels::device::{AttendJob, Device, LabelJob, ScoreJob, SelectJob};
 use sluice_kernels::label::{LabelCoder, LabelPlan};
-use sluice_kernels::shape::RowType;
+use sluice_kernels::layout::ClassLayout;
+use sluice_kernels::shape::{LaneKind, LayerShape, ModelShape, RowType};
+use sluice_kernels::shared::segment::{Access, Segment};
+use sluice_kernels::slot::SlotClass;
 
 use crate::data::{Layer, Shape, assert_close};
 
@@ -28,7 +34,7 @@ fn gpu() -> Option<(Gpu, Compiler)> {
 struct Hosted {
     layer: Layer,
     coder: LabelCoder,
-    rows: PinnedBuffer<u8>,
+    host: Arc<HostRows>,
     places: Vec<u32>,
 }
 
@@ -41,12 +47,24 @@ fn hosted(gpu: &Gpu, shape: Shape, plan: &str, seed: u64) -> Hosted {
     let mut places: Vec<u32> = (0..layer.pages.len() as u32 + 3).collect();
     places.shuffle(&mut StdRng::seed_from_u64(seed));
     places.truncate(layer.pages.len());
-    let page_bytes = layer.geometry.page_bytes();
-    let mut rows = PinnedBuffer::zeroed(&gpu.context, (layer.pages.len() + 3) * page_bytes).expect("pinned memory");
+    let of_layer = LayerShape {
+        kind: LaneKind::Selected,
+        query_heads: (shape.lanes * shape.group) as u16,
+        kv_heads: shape.lanes as u16,
+        head_dim: shape.dim as u16,
+        softmax_scale: layer.geometry.softmax_scale,
+    };
+    let model = ModelShape { row_type: shape.row_type, layers: vec![of_layer] };
+    let layout = Arc::new(ClassLayout::new(&model, SlotClass::Selected));
+    let slots = layer.pages.len() as u32 + 3;
+    let file = tempfile::tempfile().expect("a file");
+    file.set_len(layout.segment_bytes(slots)).expect("room");
+    let segment = Segment::map(0, slots, Arc::clone(&layout), &file, Access::Writable).expect("a mapping");
     for (page, &place) in layer.pages.iter().zip(&places) {
-        rows[place as usize * page_bytes..][..page_bytes].copy_from_slice(page);
+        segment.fill_page(&layout.planes[0], place, |to| to.copy_from_slice(page));
     }
-    Hosted { layer, coder, rows, places }
+    let segment = HostSegment::register(gpu, Arc::new(segment), HostAccess::Write).expect("a registration");
+    Hosted { layer, coder, host: Arc::new(HostRows::new(layout, vec![segment])), places }
 }
 
 impl Hosted {
@@ -69,16 +87,11 @@ impl Hosted {
     /// Seats the sequence in a batch of its own, rows up to `length`.
     fn seated(&self, gpu: &Gpu, compiler: &Compiler, shape: &BatchShape, length: usize, settings: &Settings) -> Batch {
         let mut batch = Batch::new(gpu, compiler, shape, &[&self.coder]).expect("a batch");
-        let page_bytes = self.layer.geometry.page_bytes() as u64;
-        batch.set_planes(0, &[self.rows.address()]).expect("planes");
+        batch.set_host(&self.host).expect("planes");
         batch.seat(0, &self.places).expect("seated");
         let horizon = settings.horizon(length) / 256;
-        let pages: Vec<u64> = self.places[..horizon].iter().map(|&place| self.rows.address() + u64::from(place) * page_bytes).collect();
-        // SAFETY: the pages are pinned for as long as this value lives.
-        unsafe { batch.make_labels(0, 0, 0, &pages) }.expect("labels");
-        for chunk in horizon..length.div_ceil(256) {
-            batch.load_tail(0, 0, chunk, &self.layer.pages[chunk]).expect("tail");
-        }
+        batch.make_labels(0, 0, 0..horizon).expect("labels");
+        batch.fetch_tail(0, 0, horizon..length.div_ceil(256)).expect("tail");
         if shape.kept == Kept::Everything {
             for (chunk, page) in self.layer.pages[..horizon].iter().enumerate() {
                 for lane in 0..self.layer.shape.lanes {
@@ -248,20 +261,17 @@ fn the_newest_row_reaches_the_host_and_the_device() {
     let expected = step(&mut whole, &query, &newest);
     // The same sequence without its last row, which the step brings.
     let place = hosted.places[999 / 256];
-    let at: Vec<usize> = (0..2)
-        .map(|lane| place as usize * hosted.layer.geometry.page_bytes() + hosted.layer.geometry.row_offset(lane, 999))
-        .collect();
     let row_bytes = hosted.layer.geometry.row_bytes();
-    for &at in &at {
-        hosted.rows[at..at + row_bytes].fill(0xFF);
-    }
-    let page_bytes = hosted.layer.geometry.page_bytes();
+    let at = [0, 1].map(|lane| hosted.layer.geometry.row_offset(lane, 999));
+    let segment = Arc::clone(hosted.host.segments()[0].segment());
+    let plane = segment.layout().planes[0];
+    segment.fill_page(&plane, place, |page| at.iter().for_each(|&at| page[at..at + row_bytes].fill(0xFF)));
     let mut batch = hosted.seated(&gpu, &compiler, &hosted.shape(Kept::Pool(count), count), 999, &settings);
-    let last_page = hosted.rows[place as usize * page_bytes..][..page_bytes].to_vec();
-    batch.load_tail(0, 0, 999 / 256, &last_page).expect("tail");
+    batch.fetch_tail(0, 0, 3..4).expect("tail");
     batch.set_length(0, 1000, &settings, Some(place)).expect("a length");
     assert!(step(&mut batch, &query, &newest) == expected, "the same result");
     for (lane, &at) in at.iter().enumerate() {
-        assert!(hosted.rows[at..at + row_bytes] == newest[lane * row_bytes..(lane + 1) * row_bytes], "lane {lane}");
+        let row = &segment.page(&plane, place)[at..at + row_bytes];
+        assert!(row == &newest[lane * row_bytes..(lane + 1) * row_bytes], "lane {lane}");
     }
 }

@@ -4,6 +4,7 @@
 //! step allocates nothing and waits for nothing. What a graph's kernels find to do is in device tables ([`SequenceState`]), which change
 //! between launches only, so that one captured graph serves every length.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaGraph, CudaStream, sys};
@@ -11,10 +12,12 @@ use cudarc::driver::{CudaGraph, CudaStream, sys};
 use super::buffer::{DeviceBuffer, PinnedBuffer};
 use super::compile::Compiler;
 use super::error::{CudaError, Doing};
+use super::host::HostRows;
 use super::jobs::{BINS, COLD, LayerPlace, NOBODY, PARTS, PartCounts, REFINED, SAMPLE_PARTS, SequenceState, StepJob};
 use super::label::Labeller;
 use super::module::Specialisation;
 use super::open::Gpu;
+use super::probe::Probe;
 use super::step::{MAX_LANES, StepGrid, StepKernels};
 use crate::budget::Settings;
 use crate::device::LayerGeometry;
@@ -119,6 +122,9 @@ pub struct Batch {
     grid: StepGrid,
     layers: Vec<Layer>,
     jobs: Vec<StepJob>,
+    host: Option<Arc<HostRows>>,
+    /// Host places by slot and chunk.
+    seats: Vec<Vec<u32>>,
     states: PinnedBuffer<SequenceState>,
     device_states: DeviceBuffer<SequenceState>,
     /// `[slot][2][chunk]`: host places, then places of labels.
@@ -202,6 +208,8 @@ impl Batch {
             },
             layers: Vec::with_capacity(shape.layers),
             jobs: Vec::new(),
+            host: None,
+            seats: vec![Vec::new(); shape.slots],
             states: PinnedBuffer::zeroed(context, shape.slots)?,
             device_states: DeviceBuffer::zeroed(context, shape.slots)?,
             tables: DeviceBuffer::zeroed(context, shape.slots * 2 * shape.chunks())?,
@@ -293,16 +301,20 @@ impl Batch {
         bytes
     }
 
-    /// Tells a layer where its plane begins in each host segment, as device addresses. Between steps.
+    /// Tells the batch where rows lie on the host; plane l is layer l's. Between steps.
     ///
     /// # Errors
     /// More segments than a table has, or a failed copy.
-    pub fn set_planes(&mut self, layer: usize, planes: &[u64]) -> Result<(), CudaError> {
-        let most = self.layers[layer].planes.len();
-        if planes.len() > most {
-            return Err(CudaError::Bound { field: "segments", value: planes.len() as u64, low: 0, high: most as u64 });
+    pub fn set_host(&mut self, host: &Arc<HostRows>) -> Result<(), CudaError> {
+        let count = host.segments().len();
+        if count > MAX_SEGMENTS {
+            return Err(CudaError::Bound { field: "segments", value: count as u64, low: 0, high: MAX_SEGMENTS as u64 });
         }
-        self.layers[layer].planes.write(&self.stream, 0, planes)
+        for (layer, of_layer) in self.layers.iter_mut().enumerate() {
+            of_layer.planes.write(&self.stream, 0, &host.planes(layer))?;
+        }
+        self.host = Some(Arc::clone(host));
+        Ok(())
     }
 
     /// Seats a sequence: where the rows of each of its chunks lie on the host (`segment << 16 | index`). Its labels are expected at the
@@ -316,8 +328,14 @@ impl Batch {
             return Err(CudaError::Bound { field: "chunks", value: host_places.len() as u64, low: 0, high: chunks as u64 });
         }
         let labels: Vec<u32> = (0..chunks as u32).collect();
+        self.seats[slot] = host_places.to_vec();
         self.tables.write(&self.stream, slot * 2 * chunks, host_places)?;
         self.tables.write(&self.stream, (slot * 2 + 1) * chunks, &labels)
+    }
+
+    /// Says where the chunks of a slot lie on the host, for [`Batch::fetch_tail`] alone.
+    pub fn seat_dense(&mut self, slot: usize, host_places: &[u32]) {
+        self.seats[slot] = host_places.to_vec();
     }
 
     /// What the next step does for a slot: the length with the query's own token, by the sequence's settings. Takes effect at the next
@@ -348,6 +366,19 @@ impl Batch {
         Ok(())
     }
 
+    /// A step that attends every row up to `length` exactly, from the tail's pages.
+    ///
+    /// # Errors
+    /// A length that the tail has no room for.
+    pub fn set_dense_length(&mut self, slot: usize, length: usize) -> Result<(), CudaError> {
+        let high = self.shape.tail_chunks * CHUNK_TOKENS;
+        if length > high {
+            return Err(CudaError::Bound { field: "length", value: length as u64, low: 0, high: high as u64 });
+        }
+        self.states[slot] = SequenceState { length: length as u32, append_to: NOBODY, ..SequenceState::default() };
+        Ok(())
+    }
+
     /// Copies label pages of consecutive chunks, `[chunk][lane][256 x label_bytes]`, of one layer to the device.
     ///
     /// # Errors
@@ -358,22 +389,37 @@ impl Batch {
         self.layers[layer].labels.write(&self.stream, first, labels)
     }
 
-    /// Labels consecutive chunks from their rows, given as device-visible addresses of their pages.
-    ///
-    /// # Safety
-    /// The pages are readable by the device until this returns.
+    /// Labels chunks `chunks` of a slot in one layer from their rows on the host. Waits.
     ///
     /// # Errors
     /// A failed launch.
-    pub unsafe fn make_labels(&mut self, layer: usize, slot: usize, first_chunk: usize, pages: &[u64]) -> Result<(), CudaError> {
+    pub fn make_labels(&mut self, layer: usize, slot: usize, chunks: Range<usize>) -> Result<(), CudaError> {
+        let Some(host) = &self.host else { return Err(CudaError::NoHostRows) };
         let page = (self.shape.lanes() * CHUNK_TOKENS * self.shape.plan.label_bytes()) as u64;
         let of_layer = &self.layers[layer];
-        let first = of_layer.labels.address() + (slot * self.shape.chunks() + first_chunk) as u64 * page;
-        let labels: Vec<u64> = (0..pages.len() as u64).map(|chunk| first + chunk * page).collect();
-        let (pages, labels) = (DeviceBuffer::from_slice(&self.stream, pages)?, DeviceBuffer::from_slice(&self.stream, &labels)?);
-        // SAFETY: the tables live until the stream has been waited for, label pages are this batch's own, rows are the caller's promise.
+        let first = of_layer.labels.address() + (slot * self.shape.chunks()) as u64 * page;
+        let labels: Vec<u64> = chunks.clone().map(|chunk| first + chunk as u64 * page).collect();
+        let pages: Vec<u64> = self.seats[slot][chunks].iter().map(|&place| host.page_address(layer, place)).collect();
+        let (pages, labels) = (DeviceBuffer::from_slice(&self.stream, &pages)?, DeviceBuffer::from_slice(&self.stream, &labels)?);
+        // SAFETY: the tables live until the stream has been waited for, label pages are this batch's own, and rows are registered while
+        // this value keeps them.
         unsafe { of_layer.labeller.launch(&self.stream, pages.address(), labels.address(), pages.len())? };
         self.stream.synchronize().doing("labelling")
+    }
+
+    /// Copies chunks `chunks` of a slot in one layer from the host to the pages from the horizon on. Waits.
+    ///
+    /// # Errors
+    /// A failed copy.
+    pub fn fetch_tail(&mut self, layer: usize, slot: usize, chunks: Range<usize>) -> Result<(), CudaError> {
+        let Some(host) = &self.host else { return Err(CudaError::NoHostRows) };
+        let page_bytes = self.shape.geometry.page_bytes() as u64;
+        for chunk in chunks {
+            let to = self.tail_address(layer, slot) + (chunk % self.shape.tail_chunks) as u64 * page_bytes;
+            // SAFETY: the page lies in the tail, and rows are registered while this value keeps them.
+            unsafe { Probe::copy(&self.stream, to, host.page_address(layer, self.seats[slot][chunk]), page_bytes)? };
+        }
+        self.stream.synchronize().doing("fetching rows")
     }
 
     /// Copies rows of one chunk from the horizon on, `[lane][256][row_bytes]`, to the device.
@@ -384,6 +430,12 @@ impl Batch {
         assert_eq!(page.len(), self.shape.geometry.page_bytes(), "bytes of a page");
         let at = (slot * self.shape.tail_chunks + chunk % self.shape.tail_chunks) * page.len();
         self.layers[layer].tail.write(&self.stream, at, page)
+    }
+
+    /// Device address of the pages from the horizon on of a slot in a layer: chunk c lies at page `c % tail_chunks`.
+    #[must_use]
+    pub fn tail_address(&self, layer: usize, slot: usize) -> u64 {
+        self.layers[layer].tail.address_of(slot * self.shape.tail_chunks * self.shape.geometry.page_bytes())
     }
 
     /// Copies rows of consecutive positions of one lane to the places where [`Kept::Everything`] expects them.
@@ -472,10 +524,24 @@ impl Batch {
         }
     }
 
-    /// One layer's kernels and job, for benches that time them one by one.
-    #[must_use]
-    pub fn parts(&self, layer: usize) -> (&StepKernels, &StepGrid, &StepJob) {
-        (&self.kernels, &self.grid, &self.jobs[layer])
+    /// Enqueues one part of one layer of a sparse step: 0 append, 1 score, 2 select, 3 victims, 4 gather, 5 attend. For benches that time
+    /// them one by one.
+    ///
+    /// # Errors
+    /// A failed launch.
+    pub fn enqueue_part(&self, layer: usize, part: usize) -> Result<(), CudaError> {
+        let (stream, grid, job) = (&self.stream, &self.grid, &self.jobs[layer]);
+        // SAFETY: as above.
+        unsafe {
+            match part {
+                0 => self.kernels.append(stream, grid, job),
+                1 => self.kernels.score(stream, grid, job),
+                2 => self.kernels.select(stream, grid, job),
+                3 => self.kernels.pick_victims(stream, grid, job),
+                4 => self.kernels.gather(stream, grid, job),
+                _ => self.kernels.attend(stream, grid, job),
+            }
+        }
     }
 
     /// Captures what `enqueue` puts on the stream as a graph.

@@ -41,6 +41,17 @@ pub enum CudaError {
         /// Greatest value served.
         high: u64,
     },
+    /// A plane that the device does not see in one piece.
+    #[error("cuda: layer {layer} of segment {segment} lies in pieces that the device does not see side by side; use segments of at most 1 GiB")]
+    Scattered {
+        /// Segment.
+        segment: u32,
+        /// Layer.
+        layer: u16,
+    },
+    /// Rows were asked for before the batch was told where they lie.
+    #[error("cuda: the batch was not told where rows lie on the host")]
+    NoHostRows,
     /// A capture without a launch.
     #[error("cuda: nothing was captured")]
     NothingCaptured,

@@ -7,11 +7,15 @@ pub mod batch;
 pub mod buffer;
 pub mod compile;
 pub mod error;
+pub mod host;
 pub mod jobs;
 pub mod label;
 pub mod module;
 pub mod open;
+pub mod probe;
 pub mod step;
+pub mod stream;
+pub mod timer;
 
 pub use error::{CudaError, Doing};
 pub use open::{Gpu, OpenError};

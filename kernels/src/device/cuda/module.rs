@@ -10,7 +10,7 @@ use cudarc::nvrtc::Ptx;
 use super::compile::{CompileError, Compiler, Program, Target};
 use super::error::{CudaError, Doing};
 use super::open::Gpu;
-use super::{jobs, label};
+use super::{jobs, label, probe};
 use crate::device::LayerGeometry;
 use crate::label::LabelPlan;
 use crate::shape::RowType;
@@ -82,6 +82,8 @@ pub enum Source {
     Hot,
     /// Attention over listed rows.
     Attend,
+    /// Reads of plain memory.
+    Probe,
 }
 
 /// What the sources include.
@@ -94,7 +96,8 @@ const HEADERS: [(&str, &str); 4] = [
 
 impl Source {
     /// Every source.
-    pub const ALL: [Self; 6] = [Self::Label, Self::Append, Self::Score, Self::Select, Self::Hot, Self::Attend];
+    pub const ALL: [Self; 7] =
+        [Self::Label, Self::Append, Self::Score, Self::Select, Self::Hot, Self::Attend, Self::Probe];
 
     /// File name.
     #[must_use]
@@ -106,6 +109,7 @@ impl Source {
             Self::Select => "select.cu",
             Self::Hot => "hot.cu",
             Self::Attend => "attend.cu",
+            Self::Probe => "probe.cu",
         }
     }
 
@@ -117,6 +121,7 @@ impl Source {
             Self::Select => include_str!("select.cu"),
             Self::Hot => include_str!("hot.cu"),
             Self::Attend => include_str!("attend.cu"),
+            Self::Probe => include_str!("probe.cu"),
         }
     }
 
@@ -125,7 +130,7 @@ impl Source {
     pub fn needs_plan(self) -> bool {
         match self {
             Self::Label | Self::Score => true,
-            Self::Append | Self::Select | Self::Hot | Self::Attend => false,
+            Self::Append | Self::Select | Self::Hot | Self::Attend | Self::Probe => false,
         }
     }
 
@@ -133,6 +138,7 @@ impl Source {
     fn job_bytes(self) -> Vec<(&'static str, usize)> {
         match self {
             Self::Label => vec![("LABEL_JOB_BYTES", size_of::<label::LabelLaunch>())],
+            Self::Probe => vec![("READ_JOB_BYTES", size_of::<probe::ReadJob>())],
             Self::Append | Self::Score | Self::Select | Self::Hot | Self::Attend => vec![
                 ("SEQUENCE_STATE_BYTES", size_of::<jobs::SequenceState>()),
                 ("LAYER_PLACE_BYTES", size_of::<jobs::LayerPlace>()),

@@ -3,8 +3,10 @@
 use std::sync::Arc;
 
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
-use cudarc::driver::{CudaContext, DriverError, result, sys};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 use thiserror::Error;
+
+use super::error::{CudaError, Doing};
 
 /// Oldest driver that has every function we call, as `cuDriverGetVersion` counts: 1000 x major + 10 x minor.
 const OLDEST_DRIVER: i32 = 12_080;
@@ -87,6 +89,14 @@ pub struct Gpu {
 }
 
 impl Gpu {
+    /// A stream of its own.
+    ///
+    /// # Errors
+    /// A stream that the driver refuses.
+    pub fn new_stream(&self) -> Result<Arc<CudaStream>, CudaError> {
+        self.context.new_stream().doing("making a stream")
+    }
+
     /// Opens device `ordinal` of those that the driver shows.
     ///
     /// # Errors

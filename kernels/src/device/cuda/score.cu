@@ -143,7 +143,7 @@ __device__ __forceinline__ float piecewise_exp2(float shifted) {
 }
 
 // Sums a row's importance over the threads that hold its heads, and writes two rows' keys.
-__device__ __forceinline__ void write_keys(float first, float second, bool writes, u32 row, u32 sinks, const u16* trace, u32 trace_rows, u16* keys, u32* bins) {
+__device__ __forceinline__ void write_keys(float first, float second, bool writes, u32 row, u32 sinks, const u16* trace, u32 run, u16* keys, u32* bins) {
 #pragma unroll
     for (int step = 1; step < (int)PADDED / 2; step *= 2) {
         first += __shfl_xor_sync(0xFFFFFFFFu, first, step);
@@ -153,7 +153,7 @@ __device__ __forceinline__ void write_keys(float first, float second, bool write
     u32 low = key_of(first), high = key_of(second);
 #ifdef TRACE_KEYS
     // A bench replays recorded selections: the computed keys are thrown away (at the very end, so that they are computed).
-    if (first != -1.0f && trace) low = trace[row % trace_rows], high = trace[(row + 1) % trace_rows];
+    if (first != -1.0f && trace) low = trace[row / run], high = trace[(row + 1) / run];
 #endif
     if (row < sinks) low = 0xFFFF;
     if (row + 1 < sinks) high = 0xFFFF;
@@ -189,6 +189,8 @@ extern "C" __global__ void __launch_bounds__(SCORE_THREADS, 2) score(const StepJ
     const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
     u16* keys = reinterpret_cast<u16*>(job.keys) + own_lane * job.max_rows;
     const u16* trace = job.trace ? reinterpret_cast<const u16*>(job.trace) + own_lane * job.trace_rows : nullptr;
+    // Positions of the trace are stretched in runs.
+    const u32 trace_run = trace ? job.max_rows / job.trace_rows : 1;
     const u32 units = sequence.chunks * UNITS_A_CHUNK;
     constexpr u32 WARPS = SCORE_THREADS / 32;
     for (u32 unit = blockIdx.x * WARPS + threadIdx.x / 32; unit < units; unit += gridDim.x * WARPS) {
@@ -208,11 +210,11 @@ extern "C" __global__ void __launch_bounds__(SCORE_THREADS, 2) score(const StepJ
             const u32 row = unit * UNIT + row_of(sum, 0);
             if constexpr (PADDED == 1) {
                 // Two columns are two products' rows.
-                write_keys(importance[0], importance[2], true, row, sequence.sinks, trace, job.trace_rows, keys, bins);
-                write_keys(importance[1], importance[3], true, unit * UNIT + row_of(sum, 1), sequence.sinks, trace, job.trace_rows, keys, bins);
+                write_keys(importance[0], importance[2], true, row, sequence.sinks, trace, trace_run, keys, bins);
+                write_keys(importance[1], importance[3], true, unit * UNIT + row_of(sum, 1), sequence.sinks, trace, trace_run, keys, bins);
             } else {
                 const bool writes = PADDED <= 2 || t % (PADDED / 2) == 0;
-                write_keys(importance[0] + importance[1], importance[2] + importance[3], writes, row, sequence.sinks, trace, job.trace_rows, keys, bins);
+                write_keys(importance[0] + importance[1], importance[2] + importance[3], writes, row, sequence.sinks, trace, trace_run, keys, bins);
             }
         }
     }

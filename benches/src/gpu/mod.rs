@@ -1,0 +1,117 @@
+//! `sluice-bench gpu`: a decode step over a cache that does not lie on the GPU, beside its peers and its floors, in one run.
+
+pub mod contest;
+pub mod host;
+pub mod outcome;
+pub mod scene;
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use sluice_kernels::device::cuda::Gpu;
+use sluice_kernels::device::cuda::compile::Compiler;
+use sluice_kernels::shape::{LaneKind, LayerShape, ModelShape, RowType};
+use sluice_kernels::slot::CHUNK_TOKENS;
+
+use self::contest::Contest;
+use self::host::HostCache;
+use self::scene::Scene;
+use crate::generator::Generator;
+use crate::report::{Format, show_progress};
+use crate::units::TokenCount;
+
+/// Parts of the bench.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Section {
+    /// Rates of memory and link.
+    Floors,
+    /// Kernels one by one.
+    Parts,
+    /// Dense attention over a resident cache.
+    Dense,
+    /// The whole cache streamed each step.
+    Streamed,
+    /// Published Double Sparsity: every selected row fetched again, 16-bit labels.
+    Published,
+    /// Sparse steps without hot rows.
+    Cold,
+    /// Sparse steps with hot rows.
+    Hot,
+}
+
+/// Times a decode step on the GPU at long context, with the cache in host memory: parts, peers and floors, side by side.
+#[derive(Args, Debug)]
+pub struct GpuOptions {
+    /// Tokens of the sequence, a multiple of 256, such as 256Ki.
+    #[arg(long, default_value = "256Ki", value_name = "TOKENS")]
+    context: TokenCount,
+    /// Attention layers.
+    #[arg(long, default_value_t = 32)]
+    layers: u16,
+    /// Key/value heads a layer.
+    #[arg(long, default_value_t = 8)]
+    kv_heads: u16,
+    /// Query heads a layer.
+    #[arg(long, default_value_t = 32)]
+    query_heads: u16,
+    /// Channels of a key: 64, 96, 128 or 256.
+    #[arg(long, default_value_t = 128)]
+    head_dim: u16,
+    /// Number of the GPU.
+    #[arg(long, default_value_t = 0)]
+    ordinal: u32,
+    /// Steps that are timed of each contestant.
+    #[arg(long, default_value_t = 20)]
+    rounds: usize,
+    /// Only these sections; all by default.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Section>,
+    /// Seed of rows and queries.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Table or JSON on standard output.
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    format: Format,
+}
+
+impl GpuOptions {
+    fn shape(&self) -> ModelShape {
+        let layer = LayerShape {
+            kind: LaneKind::Selected,
+            query_heads: self.query_heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            softmax_scale: f32::from(self.head_dim).sqrt().recip(),
+        };
+        ModelShape { row_type: RowType::F16, layers: vec![layer; usize::from(self.layers)] }
+    }
+
+    fn wants(&self, section: Section) -> bool {
+        self.only.is_empty() || self.only.contains(&section)
+    }
+}
+
+/// Runs the bench.
+///
+/// # Errors
+/// Flags out of bounds, a GPU or compiler that is not there, memory that is refused.
+pub fn run(options: &GpuOptions) -> Result<()> {
+    let context = options.context.0;
+    ensure!(context.is_multiple_of(CHUNK_TOKENS) && context >= 4 * CHUNK_TOKENS, "--context: {context} is not a multiple of 256 from 1024 on");
+    ensure!((1..=100_000).contains(&options.rounds), "--rounds: {} is outside 1 to 100000", options.rounds);
+    let shape = options.shape();
+    shape.check().context("shape")?;
+    let gpu = Gpu::open(options.ordinal)?;
+    let compiler = Compiler::find()?;
+    let generator = Generator::new(&shape, options.seed);
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    show_progress("filling host memory", 0, 1);
+    let host = HostCache::fill(&gpu, &shape, &generator, context / CHUNK_TOKENS, options.seed, threads)?;
+    let scene = Scene { gpu: &gpu, compiler: &compiler, shape: &shape, generator: &generator, host: &host, context };
+    let mut contest = Contest::new(&scene, options.rounds)?;
+    for section in [Section::Floors, Section::Dense, Section::Streamed, Section::Parts, Section::Published, Section::Cold, Section::Hot] {
+        if options.wants(section) {
+            contest.run(section)?;
+        }
+    }
+    contest.outcome.show(options.format)
+}

@@ -1,0 +1,113 @@
+//! What a GPU bench found.
+
+use anyhow::Result;
+use serde::Serialize;
+use sluice_kernels::device::cuda::batch::BatchBytes;
+
+use crate::report::{Format, Table};
+use crate::statistics::spread;
+
+/// Times of one contestant's steps.
+#[derive(Clone, Debug, Serialize)]
+pub struct StepOutcome {
+    /// Contestant.
+    pub name: String,
+    /// Median of all steps.
+    pub step_ms: f64,
+    /// Best step.
+    pub best_ms: f64,
+    /// Worst step.
+    pub worst_ms: f64,
+    /// Part of the selected rows that were not hot.
+    pub miss_ratio: Option<f64>,
+    /// Device memory of the contestant, in bytes.
+    pub gpu_bytes: u64,
+    /// Of it, by what it is for.
+    pub bytes: BatchBytes,
+}
+
+impl StepOutcome {
+    /// Of the times of `times`.
+    #[must_use]
+    pub fn new(name: &str, times: &[f64], miss_ratio: Option<f64>, bytes: BatchBytes) -> Self {
+        let spread = spread(times).unwrap_or(crate::statistics::Spread { best: 0.0, median: 0.0, worst: 0.0 });
+        let (step_ms, best_ms, worst_ms) = (spread.median, spread.best, spread.worst);
+        Self { name: name.to_owned(), step_ms, best_ms, worst_ms, miss_ratio, gpu_bytes: bytes.total(), bytes }
+    }
+}
+
+/// Time of one kernel, over all layers of a step.
+#[derive(Clone, Debug, Serialize)]
+pub struct PartOutcome {
+    /// Contestant.
+    pub contestant: String,
+    /// Kernel.
+    pub part: String,
+    /// Median over layers and rounds, in microseconds a layer.
+    pub layer_us: f64,
+    /// What it reads or writes, in GB/s of its floor's memory, where that is the question.
+    pub gb_per_s: Option<f64>,
+}
+
+/// Everything.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Outcome {
+    /// GPU.
+    pub gpu: String,
+    /// Tokens.
+    pub context_tokens: usize,
+    /// Layers.
+    pub layers: usize,
+    /// Bytes of the cache.
+    pub cache_bytes: u64,
+    /// Filling host memory.
+    pub fill_s: f64,
+    /// Registering it.
+    pub register_s: f64,
+    /// Read rate of device memory.
+    pub hbm_read_gb_per_s: f64,
+    /// Copy rate of the link.
+    pub pinned_copy_gb_per_s: f64,
+    /// Steps.
+    pub steps: Vec<StepOutcome>,
+    /// Kernels.
+    pub parts: Vec<PartOutcome>,
+}
+
+impl Outcome {
+    /// Prints it.
+    ///
+    /// # Errors
+    /// Never in practice: JSON of plain data.
+    pub fn show(&self, format: Format) -> Result<()> {
+        if format == Format::Json {
+            println!("{}", serde_json::to_string(self)?);
+            return Ok(());
+        }
+        println!("{}: {} tokens, {} layers, cache {:.1} GiB on the host", self.gpu, self.context_tokens, self.layers, gib(self.cache_bytes));
+        println!("filled in {:.1} s, registered in {:.1} s", self.fill_s, self.register_s);
+        println!("device memory reads {:.0} GB/s, pinned copy {:.1} GB/s\n", self.hbm_read_gb_per_s, self.pinned_copy_gb_per_s);
+        let mut table = Table::new(["step", "ms, median (best, worst)", "misses", "GPU GiB", "part of the cache"]);
+        for step in &self.steps {
+            table.row([
+                step.name.clone(),
+                format!("{:.3} ({:.3}, {:.3})", step.step_ms, step.best_ms, step.worst_ms),
+                step.miss_ratio.map_or(String::new(), |ratio| format!("{:.1} %", 100.0 * ratio)),
+                format!("{:.2}", gib(step.gpu_bytes)),
+                format!("1/{:.1}", self.cache_bytes as f64 / step.gpu_bytes as f64),
+            ]);
+        }
+        println!("{table}");
+        let mut table = Table::new(["contestant", "part", "us a layer", "GB/s"]);
+        for part in &self.parts {
+            let rate = part.gb_per_s.map_or(String::new(), |rate| format!("{rate:.1}"));
+            table.row([part.contestant.clone(), part.part.clone(), format!("{:.1}", part.layer_us), rate]);
+        }
+        println!("{table}");
+        Ok(())
+    }
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
+}
