@@ -53,12 +53,6 @@ __device__ __forceinline__ const u8* row_of(const List& list, u32 entry) {
     return list.tail + row / CHUNK_TOKENS % list.tail_chunks * list.tail_stride + row % CHUNK_TOKENS * ROW_BYTES;
 }
 
-// Running maximum (log2) and sum of the softmax by head, and the weighted values.
-struct __align__(16) BlockResult {
-    float largest[GROUP], sum[GROUP];
-    float values[GROUP][HEAD_DIM];
-};
-
 #if ROW_TYPE != ROW_F32
 constexpr u32 COLUMN_TILES = (GROUP + 7) / 8;
 constexpr u32 KEY_PRODUCTS = HEAD_DIM / 16;
@@ -180,61 +174,88 @@ __device__ __forceinline__ void attend_tile(const Keys& keys, const Values& valu
     }
 }
 
-// Joins a warp's result to the block's, which holds that of the warps before.
-__device__ __forceinline__ void join(Running& running, u32 tile, bool first, BlockResult& block) {
-    const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+// Heads of a column tile that exist.
+constexpr u32 TILE_HEADS = GROUP < 8 ? GROUP : 8;
+
+// The warps' results for one column tile.
+struct JoinRoom {
+    float largest[WARPS][8], sum[WARPS][8];
+    float values[WARPS][TILE_HEADS][HEAD_DIM];
+};
+
+__device__ __forceinline__ void put_result(const Running& running, JoinRoom& room) {
+    const u32 warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (u32 column = 0; column < 2; column++) {
-        const u32 head = 8 * tile + 2 * t + column;
-        const u32 of = min(head, GROUP - 1);
+        const u32 head = 2 * t + column;
         float sum = running.sum[column];
 #pragma unroll
         for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
-        const float before = first ? LOWEST : block.largest[of];
-        const float largest = fmaxf(before, running.largest[column]);
-        const float keep = first ? 0.0f : exp2_fast(before - largest), share = exp2_fast(running.largest[column] - largest);
-        const float total = (first ? 0.0f : block.sum[of] * keep) + sum * share;
-        __syncwarp();
-        if (head < GROUP) {
-            if (g == 0) block.largest[head] = largest, block.sum[head] = total;
+        if (g == 0) room.largest[warp][head] = running.largest[column], room.sum[warp][head] = sum;
+        if (head < TILE_HEADS) {
 #pragma unroll
-            for (u32 load = 0; load < VALUE_LOADS; load++) {
+            for (u32 load = 0; load < VALUE_LOADS; load++)
 #pragma unroll
                 for (u32 word = 0; word < VALUE_WORDS; word++) {
-#pragma unroll
-                    for (u32 row = 0; row < 2; row++) {
-                        const u32 channel = load * 16 * VALUE_WORDS + g * 2 * VALUE_WORDS + 2 * word + row;
-                        float* value = &block.values[head][channel];
-                        *value = (first ? 0.0f : *value * keep) + running.values[load][word][2 * row + column] * share;
-                    }
+                    const u32 channel = load * 16 * VALUE_WORDS + g * 2 * VALUE_WORDS + 2 * word;
+                    *reinterpret_cast<float2*>(&room.values[warp][head][channel]) = {running.values[load][word][column], running.values[load][word][2 + column]};
                 }
-            }
         }
     }
 }
 
-__device__ __forceinline__ void attend_entries(const StepJob& job, const List& list, u32 slot, u32 lane, u32 begin, u32 end, BlockResult& block) {
-    __shared__ Queries queries;
+// Joins the warps' results in their order, and writes them as the block's partial result.
+__device__ __forceinline__ void write_partial(const JoinRoom& room, u32 first_head, float* partial) {
+    for (u32 i = threadIdx.x; i < TILE_HEADS * HEAD_DIM; i += THREADS) {
+        const u32 head = i / HEAD_DIM, channel = i % HEAD_DIM;
+        if (first_head + head >= GROUP) break;
+        float largest = room.largest[0][head];
+#pragma unroll
+        for (u32 warp = 1; warp < WARPS; warp++) largest = fmaxf(largest, room.largest[warp][head]);
+        float sum = 0.0f, value = 0.0f;
+#pragma unroll
+        for (u32 warp = 0; warp < WARPS; warp++) {
+            const float share = exp2_fast(room.largest[warp][head] - largest);
+            sum += room.sum[warp][head] * share;
+            value += room.values[warp][head][channel] * share;
+        }
+        if (channel == 0) partial[first_head + head] = largest, partial[GROUP + first_head + head] = sum;
+        partial[2 * GROUP + (first_head + head) * HEAD_DIM + channel] = value;
+    }
+}
+
+__device__ __forceinline__ void attend_entries(const StepJob& job, const List& list, u32 slot, u32 lane, u32 begin, u32 end, float* partial) {
+    // The warps' results take the place of the queries.
+    constexpr u32 BYTES = sizeof(Queries) > sizeof(JoinRoom) ? sizeof(Queries) : sizeof(JoinRoom);
+    __shared__ __align__(16) u8 shared[BYTES];
+    Queries& queries = *reinterpret_cast<Queries*>(shared);
+    JoinRoom& room = *reinterpret_cast<JoinRoom*>(shared);
+    u32 entry = begin + threadIdx.x / 32 * TILE;
+    // The first rows are on their way while the queries are made ready.
+    Keys keys = load_keys(list, entry, end - 1);
+    Values values = load_values(list, entry, end - 1);
     set_queries(job, slot, lane, queries);
-    const u32 warp = threadIdx.x / 32;
     Running running[COLUMN_TILES];
 #pragma unroll
     for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
         running[tile] = {};
         running[tile].largest[0] = running[tile].largest[1] = LOWEST;
     }
-    for (u32 entry = begin + warp * TILE; entry < end; entry += THREADS / 32 * TILE) {
-        const Keys keys = load_keys(list, entry, end - 1);
-        const Values values = load_values(list, entry, end - 1);
+    while (entry < end) {
 #pragma unroll
         for (u32 tile = 0; tile < COLUMN_TILES; tile++) attend_tile(keys, values, queries.b[tile], end - entry, running[tile]);
-    }
-    for (u32 turn = 0; turn < WARPS; turn++) {
-        if (warp == turn) {
-#pragma unroll
-            for (u32 tile = 0; tile < COLUMN_TILES; tile++) join(running[tile], tile, turn == 0, block);
+        entry += WARPS * TILE;
+        if (entry < end) {
+            keys = load_keys(list, entry, end - 1);
+            values = load_values(list, entry, end - 1);
         }
+    }
+#pragma unroll
+    for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
         __syncthreads();
+        put_result(running[tile], room);
+        __syncthreads();
+        write_partial(room, 8 * tile, partial);
     }
 }
 #else
@@ -245,7 +266,7 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-__device__ __forceinline__ void attend_entries(const StepJob& job, const List& list, u32 slot, u32 lane, u32 begin, u32 end, BlockResult& block) {
+__device__ __forceinline__ void attend_entries(const StepJob& job, const List& list, u32 slot, u32 lane, u32 begin, u32 end, float* partial) {
     constexpr u32 own = HEAD_DIM / 32;
     const u32 warp = threadIdx.x / 32, thread = threadIdx.x % 32;
     // Warps take heads in turns: each head meets all rows of the block in order.
@@ -264,16 +285,14 @@ __device__ __forceinline__ void attend_entries(const StepJob& job, const List& l
 #pragma unroll
             for (u32 i = 0; i < own; i++) values[i] = values[i] * keep + weight * row[HEAD_DIM + i * 32 + thread];
         }
-        if (thread == 0) block.largest[head] = largest, block.sum[head] = sum;
+        if (thread == 0) partial[head] = largest, partial[GROUP + head] = sum;
 #pragma unroll
-        for (u32 i = 0; i < own; i++) block.values[head][i * 32 + thread] = values[i];
+        for (u32 i = 0; i < own; i++) partial[2 * GROUP + head * HEAD_DIM + i * 32 + thread] = values[i];
     }
-    __syncthreads();
 }
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS) attend(const StepJob job) {
-    __shared__ BlockResult block;
     const u32 lane = blockIdx.y, slot = blockIdx.z;
     const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
     if (sequence.length == 0) return;
@@ -281,10 +300,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(const StepJob job) 
     const List list = list_of(job, sequence, place, slot, lane);
     const u32 begin = blockIdx.x * job.block_rows, end = min(list.entries, begin + job.block_rows);
     if (begin >= end) return;
-    attend_entries(job, list, slot, lane, begin, end, block);
     float* partial = reinterpret_cast<float*>(job.partials) + ((u64)(slot * job.lanes + lane) * job.max_blocks + blockIdx.x) * PARTIAL;
-    for (u32 i = threadIdx.x; i < GROUP; i += THREADS) partial[i] = block.largest[i], partial[GROUP + i] = block.sum[i];
-    for (u32 i = threadIdx.x; i < GROUP * HEAD_DIM; i += THREADS) partial[2 * GROUP + i] = (&block.values[0][0])[i];
+    attend_entries(job, list, slot, lane, begin, end, partial);
 }
 
 // A block joins the partials of one query head: a part of the blocks by each group of HEAD_DIM threads, then the groups in order.

@@ -100,6 +100,7 @@ struct Layer {
 
 /// Working room that layers share, `[slot]` first.
 struct Workspace {
+    weights: DeviceBuffer<u32>,
     label_lse: DeviceBuffer<f32>,
     keys: DeviceBuffer<u16>,
     histogram: DeviceBuffer<u32>,
@@ -172,7 +173,7 @@ impl BatchShape {
         bound("slots", self.slots, 1, 65_535)?;
         bound("tail_chunks", self.tail_chunks, 1, 65_535)?;
         bound("gather_blocks", self.gather_blocks, 1, 1024)?;
-        bound("max_tokens", self.max_tokens, CHUNK_TOKENS, 1 << 30)?;
+        bound("max_tokens", self.max_tokens, CHUNK_TOKENS, 1 << 20)?;
         bound("max_tokens modulo 256", self.max_tokens % CHUNK_TOKENS, 0, 0)?;
         bound("block_rows modulo 64", self.block_rows % 64, 0, 0)?;
         bound("block_rows", self.block_rows, 64, 1 << 20)?;
@@ -248,6 +249,7 @@ impl Batch {
             query: self.queries.address_of(heads * shape.geometry.head_dim),
             output: self.outputs.address_of(heads * shape.geometry.head_dim),
             lse: self.lse.address_of(heads),
+            weights: room.weights.address(),
             label_lse: room.label_lse.address(),
             keys: room.keys.address(),
             histogram: room.histogram.address(),
@@ -622,10 +624,11 @@ impl Workspace {
         let (lanes, group) = (shape.slots * shape.lanes(), shape.geometry.heads.group());
         let listed = lanes * shape.max_count;
         Ok(Self {
+            weights: DeviceBuffer::zeroed(context, lanes * group * (shape.plan.channels() / 4 + shape.plan.groups().len()))?,
             label_lse: DeviceBuffer::zeroed(context, lanes * group * SAMPLE_PARTS * 2)?,
             keys: DeviceBuffer::zeroed(context, lanes * shape.max_tokens)?,
             histogram: DeviceBuffer::zeroed(context, lanes * BINS)?,
-            above: DeviceBuffer::zeroed(context, lanes * PARTS * (1 + REFINED))?,
+            above: DeviceBuffer::zeroed(context, lanes * PARTS * (2 + REFINED))?,
             positions: DeviceBuffer::zeroed(context, listed)?,
             hot_places: DeviceBuffer::zeroed(context, listed)?,
             misses: DeviceBuffer::zeroed(context, listed)?,
@@ -640,7 +643,7 @@ impl Workspace {
     fn bytes(&self) -> u64 {
         let words = self.positions.bytes() + self.hot_places.bytes() + self.misses.bytes() + self.victims.bytes();
         let bins = self.histogram.bytes() + self.above.bytes() + self.victim_bins.bytes() + self.victim_counts.bytes();
-        (words + bins + self.label_lse.bytes() + self.keys.bytes() + self.part_counts.bytes() + self.partials.bytes()) as u64
+        (words + bins + self.weights.bytes() + self.label_lse.bytes() + self.keys.bytes() + self.part_counts.bytes() + self.partials.bytes()) as u64
     }
 }
 

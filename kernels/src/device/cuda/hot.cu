@@ -118,10 +118,10 @@ __device__ void set_room(const StepJob& job, u32 slot, GatherRoom& room) {
             before += room.missed[part][threadIdx.x];
         }
     }
-    if (threadIdx.x >= 64 && threadIdx.x < 64 + PARTS) {
+    if (threadIdx.x >= MAX_LANES && threadIdx.x < MAX_LANES + PARTS) {
         u32 most = 0;
-        for (u32 lane = 0; lane < job.lanes; lane++) most = max(most, room.missed[threadIdx.x - 64][lane]);
-        room.items[1 + threadIdx.x - 64] = most * job.lanes;
+        for (u32 lane = 0; lane < job.lanes; lane++) most = max(most, room.missed[threadIdx.x - MAX_LANES][lane]);
+        room.items[1 + threadIdx.x - MAX_LANES] = most * job.lanes;
     }
     __syncthreads();
     if (threadIdx.x == 0) {

@@ -11,7 +11,7 @@ pub const BINS: usize = 2048;
 /// Values of the lower 5 bits.
 pub const REFINED: usize = 32;
 /// Blocks that share a lane while rows are selected.
-pub const PARTS: usize = 16;
+pub const PARTS: usize = 32;
 /// Blocks that share a lane while the sample is scored.
 pub const SAMPLE_PARTS: usize = 16;
 
@@ -95,13 +95,15 @@ pub struct StepJob {
     pub output: u64,
     /// f32 `[slot][query head]`.
     pub lse: u64,
+    /// `[slot][lane]` weights of heads: tile.cuh, `LaneWeights`.
+    pub weights: u64,
     /// f32 `[slot][query head][SAMPLE_PARTS][2]`.
     pub label_lse: u64,
     /// u16 `[slot][lane][max_rows]`.
     pub keys: u64,
     /// u32 `[slot][lane][BINS]`.
     pub histogram: u64,
-    /// u32 `[slot][lane][PARTS][1 + REFINED]`.
+    /// u32 `[slot][lane][PARTS][2 + REFINED]`.
     pub above: u64,
     /// u32 `[slot][lane][max_count]`.
     pub positions: u64,

@@ -5,12 +5,15 @@
 #include "types.cuh"
 #include "tile.cuh"
 
-constexpr u32 SAMPLE_THREADS = 256;
+constexpr u32 SAMPLE_THREADS = 512;
 constexpr u32 SCORE_THREADS = 512;
 // 2^-121, the importance of key 0, and the bits that a key leaves out: kernels/src/select.
 constexpr float SMALLEST_KEYED = 3.76158192263132e-37f;
 constexpr u32 KEY_SHIFT = 14;
 constexpr float LOWEST = -3.0e38f;
+
+// Asks the second-level cache for a line.
+__device__ __forceinline__ void ask_for(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
 
 // A running sum of powers of two.
 struct PowerSum {
@@ -24,14 +27,14 @@ __device__ __forceinline__ PowerSum joined(PowerSum a, PowerSum b) {
 
 // The rows that give the log-sum-exps: all of the first and the newest chunk, and of every other chunk one block of 16 in `stride`.
 struct Sample {
-    u32 chunks, stride, blocks;
+    u32 chunks, log_stride, blocks;
 };
 
 __device__ __forceinline__ Sample sample_of(u32 chunks) {
-    u32 stride = 1;
-    while (stride < 16 && stride * 64 < chunks) stride *= 2;
+    u32 log_stride = 0;
+    while (log_stride < 4 && 64u << log_stride < chunks) log_stride++;
     const u32 whole = min(chunks, 2);
-    return {chunks, stride, whole * 16 + (chunks - whole) * (16 / stride)};
+    return {chunks, log_stride, whole * 16 + ((chunks - whole) << (4 - log_stride))};
 }
 
 // One block of the sample: its chunk, its place in the chunk, and log2 of how many blocks it stands for.
@@ -43,8 +46,21 @@ struct SampledBlock {
 __device__ __forceinline__ SampledBlock sampled_block(const Sample sample, u32 index) {
     if (index < 16) return {0, index, 0.0f};
     if (index < 32) return {sample.chunks - 1, index - 16, 0.0f};
-    const u32 a_chunk = 16 / sample.stride, chunk = 1 + (index - 32) / a_chunk;
-    return {chunk, (index - 32) % a_chunk * sample.stride + 5 * chunk % sample.stride, log2f((float)sample.stride)};
+    const u32 log_a_chunk = 4 - sample.log_stride, chunk = 1 + ((index - 32) >> log_a_chunk);
+    const u32 in_chunk = (index - 32) & ((1u << log_a_chunk) - 1);
+    return {chunk, (in_chunk << sample.log_stride) + (5 * chunk & ((1u << sample.log_stride) - 1)), (float)sample.log_stride};
+}
+
+// Asks the second-level cache for this block's share of the sample: a warp's units, in the order in which it will score them.
+__device__ __forceinline__ void ask_for_sample(const StepJob& job, const SequenceState& sequence, const LayerPlace& place, const Sample rows, u32 lane, u32 part) {
+    constexpr u32 A_UNIT = 2 * LOADS, LINES = (16 * LABEL_BYTES + 127) / 128;
+    const u32 warp = threadIdx.x / 32, thread = threadIdx.x % 32;
+    for (u32 unit = part + SAMPLE_PARTS * warp; unit * A_UNIT < rows.blocks; unit += SAMPLE_PARTS * (SAMPLE_THREADS / 32)) {
+        for (u32 line = thread; line < A_UNIT * LINES; line += 32) {
+            const SampledBlock block = sampled_block(rows, min(unit * A_UNIT + line / LINES, rows.blocks - 1));
+            ask_for(label_page(job, sequence, place, block.chunk, lane) + block.block * 16 * LABEL_BYTES + line % LINES * 128);
+        }
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS) sample(const StepJob job) {
@@ -60,15 +76,19 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS) sample(const StepJo
         reinterpret_cast<u32*>(job.victim_bins)[own_lane * BINS + bin] = 0;
     }
     if (part == 0 && threadIdx.x < 2) reinterpret_cast<u32*>(job.victim_counts)[own_lane * 2 + threadIdx.x] = 0;
-    set_weights(job, slot, lane, weights);
+    const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
+    const Sample rows = sample_of(sequence.chunks);
+    ask_for_sample(job, sequence, place, rows, lane, part);
+    make_weights(job, slot, lane, weights);
+    if (part == 0)
+        for (u32 word = threadIdx.x; word < WEIGHT_WORDS; word += SAMPLE_THREADS)
+            reinterpret_cast<u32*>(job.weights)[own_lane * WEIGHT_WORDS + word] = reinterpret_cast<const u32*>(&weights)[word];
     Fragments fragments;
     fragments_of_group<0>(weights, fragments);
-    const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
     const u32 warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     PowerSum sums[COLUMN_TILES][2];
 #pragma unroll
     for (u32 tile = 0; tile < COLUMN_TILES; tile++) sums[tile][0] = sums[tile][1] = {LOWEST, 0.0f};
-    const Sample rows = sample_of(sequence.chunks);
     constexpr u32 A_UNIT = 2 * LOADS;
     for (u32 unit = part + SAMPLE_PARTS * warp; unit * A_UNIT < rows.blocks; unit += SAMPLE_PARTS * (SAMPLE_THREADS / 32)) {
         const u8* from[LOADS];
@@ -117,15 +137,15 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS) sample(const StepJo
     }
 }
 
-// Log-sum-exps (log2) of the lane's heads, by all threads of the block; ends with a barrier.
+// Log-sum-exps (log2) of the lane's heads; a barrier must follow.
 __device__ __forceinline__ void set_lse(const StepJob& job, u64 own_lane, float* lse) {
     if (threadIdx.x < GROUP) {
         const PowerSum* parts = reinterpret_cast<const PowerSum*>(job.label_lse) + (own_lane * GROUP + threadIdx.x) * SAMPLE_PARTS;
         PowerSum all = {LOWEST, 0.0f};
+#pragma unroll
         for (u32 part = 0; part < SAMPLE_PARTS; part++) all = joined(all, parts[part]);
         lse[threadIdx.x] = all.largest + log2f(all.sum);
     }
-    __syncthreads();
 }
 
 // The largest float below 128: its key is the largest.
@@ -162,6 +182,16 @@ __device__ __forceinline__ void write_keys(float first, float second, bool write
     atomicAdd(&bins[high / REFINED], 1);
 }
 
+// Units that a warp asks for ahead of the one that it scores.
+constexpr u32 AHEAD = 4;
+
+__device__ __forceinline__ void ask_for_unit(const StepJob& job, const SequenceState& sequence, const LayerPlace& place, u32 lane, u32 unit, u32 units) {
+    constexpr u32 BYTES = UNIT * LABEL_BYTES;
+    if (unit >= units) return;
+    const u8* first = label_page(job, sequence, place, unit / UNITS_A_CHUNK, lane) + unit % UNITS_A_CHUNK * BYTES;
+    for (u32 line = threadIdx.x % 32; line < (BYTES + 127) / 128; line += 32) ask_for(first + line * 128);
+}
+
 extern "C" __global__ void __launch_bounds__(SCORE_THREADS, 2) score(const StepJob job) {
     __shared__ LaneWeights weights;
     __shared__ float lse[GROUP];
@@ -171,8 +201,14 @@ extern "C" __global__ void __launch_bounds__(SCORE_THREADS, 2) score(const StepJ
     if (sequence.length == 0 || sequence.chunks == 0) return;
     const u64 own_lane = slot * job.lanes + lane;
     for (u32 bin = threadIdx.x; bin < BINS; bin += SCORE_THREADS) bins[bin] = 0;
-    set_weights(job, slot, lane, weights);
+    const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
+    const u32 units = sequence.chunks * UNITS_A_CHUNK;
+    constexpr u32 WARPS = SCORE_THREADS / 32;
+    const u32 stride = gridDim.x * WARPS, begin = blockIdx.x * WARPS + threadIdx.x / 32;
+#pragma unroll
+    for (u32 ahead = 0; ahead < AHEAD; ahead++) ask_for_unit(job, sequence, place, lane, begin + ahead * stride, units);
     set_lse(job, own_lane, lse);
+    fetch_weights(job, own_lane, weights);
     Fragments fragments;
     fragments_of_group<0>(weights, fragments);
     const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -186,14 +222,12 @@ extern "C" __global__ void __launch_bounds__(SCORE_THREADS, 2) score(const StepJ
             bias[tile][column] = head < GROUP ? (127.0f - lse[head < GROUP ? head : 0]) * 8388608.0f : LOWEST;
         }
     }
-    const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
     u16* keys = reinterpret_cast<u16*>(job.keys) + own_lane * job.max_rows;
     const u16* trace = job.trace ? reinterpret_cast<const u16*>(job.trace) + own_lane * job.trace_rows : nullptr;
     // Positions of the trace are stretched in runs.
     const u32 trace_run = trace ? job.max_rows / job.trace_rows : 1;
-    const u32 units = sequence.chunks * UNITS_A_CHUNK;
-    constexpr u32 WARPS = SCORE_THREADS / 32;
-    for (u32 unit = blockIdx.x * WARPS + threadIdx.x / 32; unit < units; unit += gridDim.x * WARPS) {
+    for (u32 unit = begin; unit < units; unit += stride) {
+        ask_for_unit(job, sequence, place, lane, unit + AHEAD * stride, units);
         const u32 chunk = unit / UNITS_A_CHUNK;
         const u8* first = label_page(job, sequence, place, chunk, lane) + unit % UNITS_A_CHUNK * (UNIT * LABEL_BYTES);
         const u8* from[LOADS];

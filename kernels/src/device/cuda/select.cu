@@ -8,15 +8,17 @@
 
 constexpr u32 THREADS = 512;
 constexpr u32 WARPS = THREADS / 32;
-// Keys that a thread holds at once: of 16-byte loads.
-constexpr u32 AT_ONCE = 8;
+// What a part counts: rows above the bin, rows of each key in it, and the bin.
+constexpr u32 ABOVE_WORDS = 2 + REFINED;
+// Keys that a thread holds at once: consecutive ones, of two loads of 16 bytes.
+constexpr u32 AT_ONCE = 16;
 
 struct Part {
     u32 first, end;  // rows
 };
 
 __device__ __forceinline__ Part part_of(u32 rows, u32 part) {
-    const u32 size = (rows + PARTS * 256 - 1) / (PARTS * 256) * 256;
+    const u32 size = (rows + PARTS * CHUNK_TOKENS - 1) / (PARTS * CHUNK_TOKENS) * CHUNK_TOKENS;
     const u32 first = min(rows, part * size);
     return {first, min(rows, first + size)};
 }
@@ -96,6 +98,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) count_keys(const StepJob j
         if (bins[bin]) atomicAdd(&histogram[bin], bins[bin]);
 }
 
+// A thread's consecutive keys.
+struct Keys {
+    u32 pairs[AT_ONCE / 2];
+};
+
+__device__ __forceinline__ Keys load_keys(const u16* keys, u32 row, u32 end) {
+    Keys loaded = {};
+    if (row < end) {
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE / 8; i++) {
+            const uint4 words = reinterpret_cast<const uint4*>(keys + row)[i];
+            loaded.pairs[4 * i] = words.x, loaded.pairs[4 * i + 1] = words.y, loaded.pairs[4 * i + 2] = words.z, loaded.pairs[4 * i + 3] = words.w;
+        }
+    }
+    return loaded;
+}
+
+__device__ __forceinline__ u32 key_at(const Keys& keys, u32 i) { return i % 2 ? keys.pairs[i / 2] >> 16 : keys.pairs[i / 2] & 0xFFFFu; }
+
 extern "C" __global__ void __launch_bounds__(THREADS) count_part(const StepJob job) {
     __shared__ u32 room[WARPS];
     __shared__ Threshold found;
@@ -105,25 +126,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) count_part(const StepJob j
     if (sequence.length == 0 || sequence.count == 0) return;
     const u64 own_lane = slot * job.lanes + lane;
     if (threadIdx.x < 1 + REFINED) counts[threadIdx.x] = 0;
-    const u32 bin = find_bin(reinterpret_cast<const u32*>(job.histogram) + own_lane * BINS, sequence.count, room, &found).bin;
     const Part rows = part_of(sequence.chunks * CHUNK_TOKENS, part);
     const u16* keys = reinterpret_cast<const u16*>(job.keys) + own_lane * job.max_rows;
+    // On its way while the bin is searched.
+    Keys loaded = load_keys(keys, rows.first + threadIdx.x * AT_ONCE, rows.end);
+    const u32 bin = find_bin(reinterpret_cast<const u32*>(job.histogram) + own_lane * BINS, sequence.count, room, &found).bin;
     u32 above = 0;
     for (u32 row = rows.first + threadIdx.x * AT_ONCE; row < rows.end; row += THREADS * AT_ONCE) {
-        const uint4 words = *reinterpret_cast<const uint4*>(keys + row);
-        const u32 pairs[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
         for (u32 i = 0; i < AT_ONCE; i++) {
-            const u32 key = i % 2 ? pairs[i / 2] >> 16 : pairs[i / 2] & 0xFFFFu;
+            const u32 key = key_at(loaded, i);
             above += key / REFINED > bin;
             if (key / REFINED == bin) atomicAdd(&counts[1 + key % REFINED], 1);
         }
+        loaded = load_keys(keys, row + THREADS * AT_ONCE, rows.end);
     }
     above = warp_sum(above);
     if (threadIdx.x % 32 == 0 && above) atomicAdd(&counts[0], above);
     __syncthreads();
-    u32* out = reinterpret_cast<u32*>(job.above) + (own_lane * PARTS + part) * (1 + REFINED);
+    u32* out = reinterpret_cast<u32*>(job.above) + (own_lane * PARTS + part) * ABOVE_WORDS;
     if (threadIdx.x < 1 + REFINED) out[threadIdx.x] = counts[threadIdx.x];
+    if (threadIdx.x == 1 + REFINED) out[threadIdx.x] = bin;
 }
 
 // What a part selects: rows above `key`, and of the rows of exactly `key` the first `ties`; they begin at `first` in the lane's list.
@@ -131,87 +154,85 @@ struct Share {
     u32 key, ties, first, count;
 };
 
-// By the first warp, thread i being lower key i.
-__device__ __forceinline__ Share share_of(const u32* above, u32 bin, u32 wanted, u32 part) {
-    const u32 refined = threadIdx.x;
-    u32 higher = 0, here = 0;
-#pragma unroll
-    for (u32 other = 0; other < PARTS; other++) {
-        higher += above[other * (1 + REFINED)];
-        here += above[other * (1 + REFINED) + 1 + refined];
-    }
-    // Rows of the bin with larger keys.
-    const u32 to_here = warp_prefix(here), all = __shfl_sync(0xFFFFFFFFu, to_here, 31);
-    const u32 larger = higher + all - to_here;
-    const u32 is = __ballot_sync(0xFFFFFFFFu, larger < wanted && larger + here >= wanted);
-    const u32 threshold = 31 - __clz(is);
-    u32 ties = wanted - __shfl_sync(0xFFFFFFFFu, larger, threshold);
-    Share share = {bin * REFINED + threshold, 0, 0, 0};
-    for (u32 other = 0; other <= part; other++) {
-        const u32 in_bin = above[other * (1 + REFINED) + 1 + refined];
-        const u32 over = above[other * (1 + REFINED)] + warp_sum(refined > threshold ? in_bin : 0);
-        const u32 equal = min(ties, __shfl_sync(0xFFFFFFFFu, in_bin, threshold));
-        share.ties = equal;
-        share.count = over + equal;
-        if (other < part) share.first += over + equal;
-        ties -= equal;
-    }
-    return share;
-}
+struct ShareRoom {
+    u32 above[PARTS][ABOVE_WORDS];
+    u32 over[PARTS], equal[PARTS];
+    u32 threshold, ties;
+    Share share;
+};
 
-// Whether row i of a thread's keys is selected, bit by bit; `ties` is the number of earlier rows of exactly the key.
-__device__ __forceinline__ u32 selected_bits(const uint4 words, const Share share, u32 ties, u32 row, u32* last_tie) {
-    const u32 pairs[4] = {words.x, words.y, words.z, words.w};
-    u32 bits = 0;
+// By all threads of the block, from the counts of all parts.
+__device__ __forceinline__ Share share_of(const u32* above, u32 wanted, u32 part, ShareRoom& room) {
+    static_assert(PARTS == 32 && REFINED == 32, "a warp has a thread for each");
+    for (u32 i = threadIdx.x; i < PARTS * ABOVE_WORDS; i += THREADS) (&room.above[0][0])[i] = above[i];
+    __syncthreads();
+    const u32 warp = threadIdx.x / 32, thread = threadIdx.x % 32;
+    if (warp == 0) {
+        // Thread i is lower key i. Rows of the bin with larger keys come after it.
+        u32 here = 0;
 #pragma unroll
-    for (u32 i = 0; i < AT_ONCE; i++) {
-        const u32 key = i % 2 ? pairs[i / 2] >> 16 : pairs[i / 2] & 0xFFFFu;
-        const bool tie = key == share.key;
-        bits |= (u32)(key > share.key || (tie && ties < share.ties)) << i;
-        ties += tie;
-        if (tie && ties == share.ties) *last_tie = row + i + 1;
+        for (u32 other = 0; other < PARTS; other++) here += room.above[other][1 + thread];
+        const u32 higher = warp_sum(room.above[thread][0]);
+        const u32 to_here = warp_prefix(here), all = __shfl_sync(0xFFFFFFFFu, to_here, 31);
+        const u32 larger = higher + all - to_here;
+        if (larger < wanted && larger + here >= wanted) room.threshold = thread, room.ties = wanted - larger;
     }
-    return bits;
-}
-
-__device__ __forceinline__ u32 ties_of(const uint4 words, u32 key) {
-    const u32 pairs[4] = {words.x, words.y, words.z, words.w};
-    u32 ties = 0;
-#pragma unroll
-    for (u32 i = 0; i < 4; i++) ties += ((pairs[i] & 0xFFFFu) == key) + (pairs[i] >> 16 == key);
-    return ties;
+    __syncthreads();
+    const u32 threshold = room.threshold;
+    for (u32 other = warp; other < PARTS; other += WARPS) {
+        const u32 in_bin = room.above[other][1 + thread];
+        const u32 over = room.above[other][0] + warp_sum(thread > threshold ? in_bin : 0);
+        if (thread == 0) room.over[other] = over, room.equal[other] = room.above[other][1 + threshold];
+    }
+    __syncthreads();
+    if (warp == 0) {
+        // Thread i is part i.
+        const u32 equal = room.equal[thread], over = room.over[thread];
+        const u32 ties_before = min(room.ties, warp_prefix(equal) - equal), ties = min(room.ties - ties_before, equal);
+        const u32 count = over + ties, end = warp_prefix(count);
+        if (thread == part) room.share = {room.above[0][1 + REFINED] * REFINED + threshold, ties, end - count, count};
+    }
+    __syncthreads();
+    return room.share;
 }
 
 // The part's selected positions, written to `positions` in ascending order.
-__device__ void write_positions(const u16* keys, const Part rows, const Share share, u32* positions, u32* room, u32* last_tie) {
-    u32 written = 0, ties = 0;
+__device__ __forceinline__ void write_positions(const u16* keys, const Part rows, const Share share, u32* positions, u32* room, u32* last_tie) {
+    __shared__ u32 total;
+    u32 before = 0;
     for (u32 base = rows.first; base < rows.end; base += THREADS * AT_ONCE) {
         const u32 row = base + threadIdx.x * AT_ONCE;
+        const Keys loaded = load_keys(keys, row, rows.end);
         const bool present = row < rows.end;
-        uint4 words = {0, 0, 0, 0};
-        if (present) words = *reinterpret_cast<const uint4*>(keys + row);
-        const u32 own_ties = present ? ties_of(words, share.key) : 0;
-        // Ties before this thread matter only where there are more than are taken.
-        const u32 ties_to = block_prefix(own_ties, room);
-        u32 bits = present ? selected_bits(words, share, ties + ties_to - own_ties, row, last_tie) : 0;
-        const u32 own = __popc(bits);
+        u32 over = 0, equal = 0;
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; i++) {
+            over |= (u32)(key_at(loaded, i) > share.key) << i;
+            equal |= (u32)(key_at(loaded, i) == share.key) << i;
+        }
+        if (!present) over = equal = 0;
+        // Rows above and ties side by side: a part has fewer than 65,536 of each at a time.
+        const u32 own = __popc(over) | __popc(equal) << 16;
         const u32 to = block_prefix(own, room);
-        u32 at = written + to - own;
+        const u32 first = before + to - own;
+        u32 ties = first >> 16, at = (first & 0xFFFFu) + min(ties, share.ties);
+        u32 bits = over | equal;
         while (bits) {
             const u32 i = __ffs(bits) - 1;
-            positions[at++] = row + i;
             bits &= bits - 1;
+            const bool tie = equal >> i & 1;
+            if (!tie || ties < share.ties) positions[at++] = row + i;
+            if (tie && ++ties == share.ties) *last_tie = row + i + 1;
         }
-        __shared__ u32 totals[2];
-        if (threadIdx.x == THREADS - 1) totals[0] = ties_to, totals[1] = to;
+        if (threadIdx.x == THREADS - 1) total = to;
         __syncthreads();
-        ties += totals[0];
-        written += totals[1];
+        before += total;
     }
 }
 
 // Hot places of the part's rows, and those that have none, in order.
-__device__ u32 look_up(const u16* map, const u32* positions, u32 first, u32 count, u32* places, u32* misses, u32* room) {
+__device__ __forceinline__ u32 look_up(const u16* map, const u32* positions, u32 first, u32 count, u32* places, u32* misses, u32* room) {
+    __shared__ u32 total;
     u32 missed = 0;
     for (u32 base = 0; base < count; base += THREADS) {
         const u32 i = base + threadIdx.x;
@@ -221,7 +242,6 @@ __device__ u32 look_up(const u16* map, const u32* positions, u32 first, u32 coun
         const u32 miss = present && place == COLD;
         const u32 to = block_prefix(miss, room);
         if (miss) misses[missed + to - 1] = first + i;
-        __shared__ u32 total;
         if (threadIdx.x == THREADS - 1) total = to;
         __syncthreads();
         missed += total;
@@ -231,16 +251,20 @@ __device__ u32 look_up(const u16* map, const u32* positions, u32 first, u32 coun
 
 // Counts the keys of the hot rows up to the threshold: candidates to be dropped, and some selected rows of exactly the threshold.
 // Places without a row count as key 0.
-__device__ void count_victims(const LayerPlace& place, u32 lane, u32 part, const u16* keys, u32 rows, u32 threshold, u32* bins, u32* histogram) {
-    for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) bins[bin] = 0;
-    __syncthreads();
+__device__ __forceinline__ void count_victims(const LayerPlace& place, u32 lane, u32 part, const u16* keys, u32 rows, u32 threshold, u32* bins, u32* histogram) {
+    constexpr u32 TOGETHER = 4;
     const u32* owner = reinterpret_cast<const u32*>(place.owner) + (u64)lane * place.pool;
     const u32 size = (place.pool + PARTS - 1) / PARTS;
     const u32 end = min(place.pool, (part + 1) * size);
-    for (u32 at = part * size + threadIdx.x; at < end; at += THREADS) {
-        const u32 row = owner[at];
-        const u32 key = row < rows ? keys[row] : 0;
-        if (row == NOBODY || key <= threshold) atomicAdd(&bins[row == NOBODY ? 0 : key / REFINED], 1);
+    for (u32 at = part * size + threadIdx.x; at < end; at += TOGETHER * THREADS) {
+        u32 row[TOGETHER], key[TOGETHER];
+#pragma unroll
+        for (u32 i = 0; i < TOGETHER; i++) row[i] = at + i * THREADS < end ? owner[at + i * THREADS] : 0;
+#pragma unroll
+        for (u32 i = 0; i < TOGETHER; i++) key[i] = row[i] < rows ? keys[row[i]] : 0;
+#pragma unroll
+        for (u32 i = 0; i < TOGETHER; i++)
+            if (at + i * THREADS < end && key[i] <= threshold) atomicAdd(&bins[key[i] / REFINED], 1);
     }
     __syncthreads();
     for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS)
@@ -250,8 +274,7 @@ __device__ void count_victims(const LayerPlace& place, u32 lane, u32 part, const
 extern "C" __global__ void __launch_bounds__(THREADS) compact(const StepJob job) {
     __shared__ u32 room[WARPS];
     __shared__ u32 bins[BINS];
-    __shared__ Threshold found;
-    __shared__ Share shared_share;
+    __shared__ ShareRoom share_room;
     __shared__ u32 last_tie;
     const u32 lane = blockIdx.y, slot = blockIdx.z, part = blockIdx.x;
     const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
@@ -259,13 +282,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) compact(const StepJob job)
     const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
     const u64 own_lane = slot * job.lanes + lane;
     const u32 rows = sequence.chunks * CHUNK_TOKENS;
-    const u32 bin = find_bin(reinterpret_cast<const u32*>(job.histogram) + own_lane * BINS, sequence.count, room, &found).bin;
-    if (threadIdx.x < 32) {
-        const Share share = share_of(reinterpret_cast<const u32*>(job.above) + own_lane * PARTS * (1 + REFINED), bin, sequence.count, part);
-        if (threadIdx.x == 0) shared_share = share, last_tie = 0;
-    }
-    __syncthreads();
-    const Share share = shared_share;
+    for (u32 i = threadIdx.x; i < BINS; i += THREADS) bins[i] = 0;
+    if (threadIdx.x == 0) last_tie = 0;
+    const Share share = share_of(reinterpret_cast<const u32*>(job.above) + own_lane * PARTS * ABOVE_WORDS, sequence.count, part, share_room);
     const u16* keys = reinterpret_cast<const u16*>(job.keys) + own_lane * job.max_rows;
     const u64 list = own_lane * job.max_count + share.first;
     u32* positions = reinterpret_cast<u32*>(job.positions) + list;

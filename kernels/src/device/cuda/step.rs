@@ -9,7 +9,7 @@ use super::module::{Grid, Kernel, Module, Source, Specialisation};
 use super::open::Gpu;
 
 /// Threads of the kernels' blocks, as their sources say.
-const SAMPLE_THREADS: usize = 256;
+const SAMPLE_THREADS: usize = 512;
 const SCORE_THREADS: usize = 512;
 const SELECT_THREADS: usize = 512;
 const PICK_THREADS: usize = 512;

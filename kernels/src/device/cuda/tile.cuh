@@ -68,14 +68,23 @@ __device__ __forceinline__ void weights_of_group(const float* query, const u16* 
     if constexpr (G + 1 < N_GROUPS) weights_of_group<G + 1>(query, channels, steps, scale, head, out);
 }
 
-// The weights of `lane_index` of a batch slot, by all threads of the block; ends with a barrier.
-__device__ __forceinline__ void set_weights(const StepJob& job, u32 slot, u32 lane_index, LaneWeights& out) {
+// Computes the weights of `lane_index` of a batch slot, by all threads of the block; ends with a barrier.
+__device__ __forceinline__ void make_weights(const StepJob& job, u32 slot, u32 lane_index, LaneWeights& out) {
     const u16* channels = reinterpret_cast<const u16*>(job.channels) + lane_index * CHANNELS;
     const float* steps = reinterpret_cast<const float*>(job.steps) + lane_index * CHANNELS;
     for (u32 head = threadIdx.x / 32; head < GROUP; head += blockDim.x / 32) {
         const float* query = reinterpret_cast<const float*>(job.query) + ((u64)(slot * job.lanes + lane_index) * GROUP + head) * HEAD_DIM;
         weights_of_group<0>(query, channels, steps, job.score_scale, head, out);
     }
+    __syncthreads();
+}
+
+constexpr u32 WEIGHT_WORDS = sizeof(LaneWeights) / 4;
+
+// Copies the weights that another kernel has made; ends with a barrier.
+__device__ __forceinline__ void fetch_weights(const StepJob& job, u64 own_lane, LaneWeights& out) {
+    const u32* from = reinterpret_cast<const u32*>(job.weights) + own_lane * WEIGHT_WORDS;
+    for (u32 word = threadIdx.x; word < WEIGHT_WORDS; word += blockDim.x) reinterpret_cast<u32*>(&out)[word] = from[word];
     __syncthreads();
 }
 
@@ -183,6 +192,17 @@ __device__ __forceinline__ void add_products(const u8* block, u32 load, const Fr
     }
 }
 
+// Largest sum of products that a group can have.
+__device__ constexpr u32 most_of(u32 group) { return GROUPS[group].channels * 127 * (GROUPS[group].bits >= 8 ? 255 : (1u << GROUPS[group].bits) - 1); }
+__device__ constexpr u32 most_before(u32 group) { return group == 0 ? 0 : most_of(group - 1) > most_before(group - 1) ? most_of(group - 1) : most_before(group - 1); }
+// Whether every sum fits 22 bits, so that an addition converts it: conversions have a pipeline of their own, and a slow one.
+constexpr bool NARROW = most_before(N_GROUPS) < 1u << 22;
+
+__device__ __forceinline__ float to_float(int sum) {
+    if constexpr (NARROW) return __int_as_float(sum + 0x4B400000) - 12582912.0f;
+    return (float)sum;
+}
+
 // Scores in log2 of a unit. Score [tile][sum][2 * r + c] of thread (g, t) is that of head 8 * tile + (2 * t + c) % PADDED and of row
 // row_of(sum, c) + r of the unit.
 struct Scores {
@@ -209,7 +229,7 @@ __device__ __forceinline__ Scores score_unit(const u8* const (&blocks)[LOADS], c
             for (u32 i = 0; i < 4; i++) {
                 float x = 0.0f;
 #pragma unroll
-                for (u32 plane = 0; plane < PLANES; plane++) x += (float)sums.c[tile][sum][plane][i] * weights.factors[tile][plane][i % 2];
+                for (u32 plane = 0; plane < PLANES; plane++) x += to_float(sums.c[tile][sum][plane][i]) * weights.factors[tile][plane][i % 2];
                 scores.x[tile][sum][i] = x;
             }
         }

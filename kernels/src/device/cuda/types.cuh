@@ -14,7 +14,7 @@ constexpr u32 REFINED = 32;
 // Blocks that share a lane while the sample is scored.
 constexpr u32 SAMPLE_PARTS = 16;
 // Blocks that share a lane while rows are selected: each takes a contiguous part of the rows.
-constexpr u32 PARTS = 16;
+constexpr u32 PARTS = 32;
 
 // What a step needs to know of the sequence in a batch slot. In device memory, changed between launches only.
 struct SequenceState {
@@ -59,10 +59,11 @@ struct StepJob {
     u64 query;         // f32[slot][query head][HEAD_DIM]
     u64 output;        // f32[slot][query head][HEAD_DIM]
     u64 lse;           // f32[slot][query head], natural
+    u64 weights;       // [slot][lane]: the heads' integer weights, see tile.cuh
     u64 label_lse;     // f32[slot][query head][SAMPLE_PARTS][2]: maximum (log2) and sum of the sampled label scores
     u64 keys;          // u16[slot][lane][max_rows]
     u64 histogram;     // u32[slot][lane][BINS]: keys by their upper bits
-    u64 above;         // u32[slot][lane][PARTS][1 + REFINED]
+    u64 above;         // u32[slot][lane][PARTS][2 + REFINED]
     u64 positions;     // u32[slot][lane][max_count]: selected rows, ascending
     u64 hot_places;    // u32[slot][lane][max_count]: where they are hot
     u64 misses;        // u32[slot][lane][max_count]: indices of selected rows that are not hot, by part
