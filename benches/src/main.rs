@@ -2,7 +2,8 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use sluice_bench::{attach, gpu, stress};
+use sluice_bench::gpu::{self, recorded, replay};
+use sluice_bench::{attach, stress};
 
 #[derive(Parser)]
 #[command(name = "sluice-bench", version, about)]
@@ -19,6 +20,10 @@ enum Command {
     Attach(attach::AttachOptions),
     /// Time decode steps of a GPU over a cache in host memory, beside dense attention over a resident cache.
     Gpu(gpu::GpuOptions),
+    /// Make a trace of importance keys from a recording of a real model.
+    Trace(recorded::TraceArguments),
+    /// Say what pools of hot rows would hit in a key trace.
+    Replay(replay::ReplayArguments),
     /// Be the worker of a stress run: orders and results are JSON lines on standard input and output.
     #[command(hide = true)]
     StressWorker,
@@ -38,6 +43,8 @@ fn main() -> Result<()> {
         Command::Stress(options) => stress::run(&options),
         Command::Attach(options) => attach::run(&options),
         Command::Gpu(options) => gpu::run(&options),
+        Command::Trace(arguments) => recorded::run(&arguments),
+        Command::Replay(arguments) => replay::run(&arguments),
         Command::StressWorker => stress::worker::run(),
         #[cfg(feature = "model")]
         Command::Generate(arguments) => sluice_bench::generate::run(&arguments),

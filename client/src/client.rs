@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use sluice_kernels::budget::Settings;
 use sluice_kernels::label::Calibration;
 use sluice_proto::v1;
 
@@ -13,7 +14,7 @@ use crate::direct::DirectWay;
 use crate::error::ClientError;
 use crate::local::Local;
 use crate::options::{Attach, OpenOptions};
-use crate::session::{Core, Session, Way};
+use crate::session::{Core, Holding, Session, Way};
 use crate::stream::StreamWay;
 
 struct Shared {
@@ -136,6 +137,36 @@ impl Client {
         Ok(session)
     }
 
+    /// Joins a sequence that another worker of this machine has opened, resumed or forked with lanes of its own, as the worker of
+    /// `options.lanes`. Both numbers are those of the other worker's session. A chunk is sealed when the workers of all lanes have committed it;
+    /// the lease ends with [`Session::close`] of the worker that opened it, or when all of its workers are dead.
+    ///
+    /// # Errors
+    /// Options without lanes or not direct, a lease that is not in force, lanes that another worker has, another user's sequence.
+    pub fn join(&self, model: &Model, sequence_id: u64, generation: u64, options: &OpenOptions) -> Result<Session, ClientError> {
+        let (Some(_), Attach::Direct { device, threads }) = (&options.lanes, options.attach) else {
+            return Err(ClientError::Unsupported { what: "join", needed: "Attach::Direct and lanes" });
+        };
+        let lease = v1::LeaseRef { sequence_id, generation };
+        let mut core = Core {
+            client: self.clone(),
+            model: model.clone(),
+            options: OpenOptions { calibrate: None, ..options.clone() },
+            lease,
+            // Settings, boot epoch and committed tokens come with the files.
+            boot_epoch: 0,
+            settings: Settings::default(),
+            matched: 0,
+            committed: 0,
+            token_ids: Vec::new(),
+            opaque: Vec::new(),
+            run: None,
+        };
+        let way = Way::Direct(Box::new(DirectWay::attach(&mut core, device, threads)?));
+        core.matched = core.committed;
+        Ok(Session { core, way, calibrator: None, truncating: None, yielding: None, holding: Holding::Joined })
+    }
+
     fn open_with(&self, model: &Model, options: &OpenOptions, request: v1::OpenRequest) -> Result<Session, ClientError> {
         if options.lanes.is_some() && options.attach == Attach::Stream {
             return Err(ClientError::Unsupported { what: "lanes", needed: "Attach::Direct" });
@@ -180,7 +211,7 @@ impl Client {
         };
         let calibrator = options.calibrate.as_ref().filter(|_| !model.calibrated);
         let calibrator = calibrator.map(|online| OnlineCalibrator::new(&core.model.shape, online));
-        Ok(Session { core, way, calibrator, truncating: None, closed: false })
+        Ok(Session { core, way, calibrator, truncating: None, yielding: None, holding: Holding::Opened })
     }
 
     /// Held and parked sequences, of one model or of all.

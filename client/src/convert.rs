@@ -109,9 +109,9 @@ pub(crate) fn wire_settings(settings: &Settings) -> v1::StepSettings {
     v1::StepSettings { budget: Some(budget), exact_tokens: settings.exact_tokens, sink_tokens: settings.sink_tokens }
 }
 
-/// The settings in force, as an Open answered them.
+/// The settings in force, as an Open or an Attach answered them.
 pub(crate) fn settings_in_force(wire: Option<v1::StepSettings>) -> Result<Settings, ClientError> {
-    let missing = |field: &str| ClientError::protocol("OpenResponse", format!("{field} is missing"));
+    let missing = |field: &str| ClientError::protocol("the reply", format!("{field} is missing"));
     let wire = wire.ok_or_else(|| missing("settings"))?;
     let budget = wire.budget.ok_or_else(|| missing("settings.budget"))?;
     let budget = if budget.dense {

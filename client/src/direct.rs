@@ -20,6 +20,7 @@ use sluice_proto::v1;
 
 use crate::client::from_json;
 use crate::connection::Retry;
+use crate::convert::settings_in_force;
 use crate::error::ClientError;
 use crate::local::{Known, SharedDecoder};
 use crate::run::Run;
@@ -44,8 +45,9 @@ const REATTACH_PAUSE: Duration = Duration::from_millis(250);
 impl DirectWay {
     pub(crate) fn attach(core: &mut Core, device: DeviceKind, threads: usize) -> Result<Self, ClientError> {
         let decoder = core.client.local().decoder(device, threads)?;
-        let (attached, calibration) = open_side(core)?;
-        let Attached { side, files, board, open } = attached;
+        let Side { attached: Attached { side, files, board, open }, calibration, reply } = open_side(core)?;
+        core.boot_epoch = reply.boot_epoch;
+        core.settings = settings_in_force(reply.settings)?;
         let shape: ModelShape =
             serde_json::from_str(&files.shape_json).map_err(|error| ClientError::protocol("AttachFiles.shape_json", error.to_string()))?;
         if shape != *core.model.shape {
@@ -185,6 +187,11 @@ impl DirectWay {
         self.sequence.abort_truncate();
     }
 
+    /// How often the daemon has truncated the sequence.
+    pub(crate) fn truncations(&self) -> u64 {
+        self.sequence.board().truncations()
+    }
+
     pub(crate) fn truncated(&mut self, position: usize) {
         self.sequence.truncated(position);
     }
@@ -300,7 +307,7 @@ impl DirectWay {
     }
 
     fn open_again(&mut self, core: &Core) -> Result<SideSocket, ClientError> {
-        let (attached, calibration) = open_side(core)?;
+        let Side { attached, calibration, .. } = open_side(core)?;
         if let Some(calibration) = calibration.filter(|_| !self.sequence.is_calibrated()) {
             self.sequence.set_calibration(&calibration)?;
         }
@@ -309,8 +316,15 @@ impl DirectWay {
     }
 }
 
+/// A side socket just opened, and what Attach has answered.
+struct Side {
+    attached: Attached,
+    calibration: Option<Arc<Calibration>>,
+    reply: v1::AttachResponse,
+}
+
 /// Attach, then the side socket: what there is to map, and the calibration in force.
-fn open_side(core: &Core) -> Result<(Attached, Option<Arc<Calibration>>), ClientError> {
+fn open_side(core: &Core) -> Result<Side, ClientError> {
     let lanes = core.options.lanes.clone().unwrap_or(0..0);
     let (local, model) = (core.client.local(), core.model.id());
     let known = local.calibration(model, core.boot_epoch);
@@ -338,7 +352,7 @@ fn open_side(core: &Core) -> Result<(Attached, Option<Arc<Calibration>>), Client
         }
     };
     let attached = SideSocket::attach(&reply.side_socket, &reply.ticket, core.client.config().rpc_deadline)?;
-    Ok((attached, calibration))
+    Ok(Side { attached, calibration, reply })
 }
 
 fn costs_of(costs: &Costs) -> StepReport {

@@ -30,6 +30,7 @@ pub use client::{CalibrationInForce, Client};
 pub use config::{ClientConfig, Endpoint};
 pub use convert::{Model, ModelRegistration, RotaryLayout};
 pub use error::ClientError;
+pub use history::Truncation;
 pub use options::{Attach, OnlineCalibration, OpenOptions};
 pub use rows::encode_rows;
 pub use session::Session;

@@ -34,6 +34,26 @@ pub(crate) struct Core {
     pub(crate) run: Option<Run>,
 }
 
+/// What a session owes the daemon when it goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Holding {
+    /// It opened the sequence: its end is the end of the lease.
+    Opened,
+    /// It joined another worker's lease, and only lets go of its files.
+    Joined,
+    /// The lease has ended.
+    Closed,
+}
+
+/// Tokens given up for another worker's truncation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Yielding {
+    /// Tokens that stay.
+    pub(crate) position: usize,
+    /// How often the sequence had been truncated before.
+    pub(crate) truncations: u64,
+}
+
 pub(crate) enum Way {
     Stream(StreamWay),
     Direct(Box<DirectWay>),
@@ -46,7 +66,9 @@ pub struct Session {
     pub(crate) calibrator: Option<OnlineCalibrator>,
     /// A truncation whose outcome is unknown: it is finished before anything else.
     pub(crate) truncating: Option<usize>,
-    pub(crate) closed: bool,
+    /// A truncation that another worker of the sequence is about to carry out.
+    pub(crate) yielding: Option<Yielding>,
+    pub(crate) holding: Holding,
 }
 
 impl std::fmt::Debug for Session {
@@ -138,6 +160,7 @@ impl Session {
     /// No token or too many, a run that is not finished, or open slots that stay full.
     pub fn begin(&mut self, token_ids: &[u32]) -> Result<(), ClientError> {
         self.finish_truncation()?;
+        self.check_yielding()?;
         let most = self.run_tokens_max();
         if token_ids.is_empty() || token_ids.len() > most {
             let bound = format!("1 to {most}, what the open slots hold");
@@ -237,9 +260,14 @@ impl Session {
         let layer = layer_of(&self.core.model.shape, step.layer)?;
         let row_bytes = layer.row_bytes(self.core.model.shape.row_type);
         let tokens = check_step(layer, self.lanes_of(step.layer)?, row_bytes, step, out)?;
-        match step.rows {
-            Some(_) => self.run()?.check(step.layer, step.first_position, tokens),
-            None => Ok(step.first_position..step.first_position + tokens),
+        let end = step.first_position + tokens;
+        match (step.rows, self.yielding) {
+            (Some(_), _) => self.run()?.check(step.layer, step.first_position, tokens),
+            (None, Some(Yielding { position: kept, .. })) if end > kept => {
+                let bound = format!("0 to {kept}, where another worker truncates; end_truncate follows it");
+                Err(ClientError::Input { field: "first_position + queries", value: end.to_string(), bound })
+            }
+            (None, _) => Ok(step.first_position..end),
         }
     }
 
@@ -344,12 +372,16 @@ impl Session {
         }
     }
 
-    /// Ends the lease. The sealed chunks stay with the daemon as cache.
+    /// Ends the lease. The sealed chunks stay with the daemon as cache. A session that [`crate::Client::join`] made only leaves: the worker that
+    /// opened the sequence ends the lease for all.
     ///
     /// # Errors
     /// The daemon cannot be reached; the lease then ends with this process.
     pub fn close(mut self) -> Result<(), ClientError> {
-        self.closed = true;
+        if self.holding == Holding::Joined {
+            return Ok(());
+        }
+        self.holding = Holding::Closed;
         let request = v1::CloseRequest { lease: Some(self.core.lease) };
         let attempts = std::cell::Cell::new(0);
         let closed = self.core.client.connection().call("Close", Retry::Idempotent, request, async |client, request| {
@@ -363,7 +395,15 @@ impl Session {
         }
     }
 
+    /// Refuses new rows while another worker truncates.
+    fn check_yielding(&self) -> Result<(), ClientError> {
+        let Some(Yielding { position, .. }) = self.yielding else { return Ok(()) };
+        let bound = format!("none until end_truncate: another worker truncates to {position}");
+        Err(ClientError::Input { field: "rows", value: "new rows".to_owned(), bound })
+    }
+
     pub(crate) fn run(&self) -> Result<&Run, ClientError> {
+        self.check_yielding()?;
         let bound = "a run that was announced with begin".to_owned();
         self.core.run.as_ref().ok_or(ClientError::Input { field: "rows", value: "no run".to_owned(), bound })
     }
@@ -388,7 +428,7 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        if self.closed || tokio::runtime::Handle::try_current().is_ok() {
+        if self.holding != Holding::Opened || tokio::runtime::Handle::try_current().is_ok() {
             return;
         }
         let connection = self.core.client.connection();

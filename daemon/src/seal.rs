@@ -59,6 +59,8 @@ pub struct SealJob {
     pub row_type: RowType,
     /// Where the chunk grew.
     pub open: Arc<OpenFile>,
+    /// Workers that wrote it.
+    pub writers: usize,
     /// Slot of the full-attention layers, if the model has any.
     pub selected: Option<Place>,
     /// Slot of the sliding-window layers, if the model has any.
@@ -265,7 +267,7 @@ fn carry_out(worker: &mut Worker, job: Job) -> JobResult {
 
 fn seal(worker: &mut Worker, job: &SealJob) -> Result<Sealed, SealError> {
     let slot = job.open.layout().slot_of(job.chunk);
-    let record = job.open.record(slot)?;
+    let record = job.open.record(slot, job.writers)?;
     if record.chunk != Some(job.chunk as u64) {
         return Err(SealError::Record { chunk: job.chunk, found: record.chunk });
     }

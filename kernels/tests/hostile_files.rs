@@ -59,10 +59,10 @@ proptest! {
         prop_assert_eq!(words.committed[0], word(8));
         prop_assert_eq!(words.completed[7], word(31));
         for slot in 0..3 {
-            daemon.open.record(slot).expect("a record is any 64 bytes");
+            daemon.open.record(slot, 8).expect("a record is any 64 bytes");
             daemon.open.tokens(slot, 256).expect("tokens are any numbers");
         }
-        prop_assert!(daemon.open.record(3).is_err());
+        prop_assert!(daemon.open.record(3, 1).is_err());
         // Random bytes do not have the checksum of a state.
         prop_assert_eq!(daemon.open.opaque().expect("read"), None);
     }

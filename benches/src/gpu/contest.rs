@@ -10,7 +10,9 @@ use sluice_kernels::label::LabelPlan;
 
 use super::Section;
 use super::outcome::{Outcome, PartOutcome, StepOutcome};
+use super::replay::{DrawnLanes, Hits, ReplayJob, Rule, replay_drawn};
 use super::scene::{Scene, SparsePlan};
+use super::trace::KeyTrace;
 use crate::report::show_progress;
 use crate::statistics::median;
 
@@ -18,14 +20,15 @@ use crate::statistics::median;
 const READ_BYTES: usize = 4 << 30;
 /// Steps before those that are timed.
 const WARM_UP: usize = 3;
-/// Rows of an attention block in sparse and in dense steps.
-const SPARSE_BLOCK_ROWS: usize = 128;
-const DENSE_BLOCK_ROWS: usize = 2048;
 const GATHER_BLOCKS: usize = 16;
+/// Steps of a trace before those that are timed, and those that are timed at least.
+const TRACE_WARM_UP: usize = 32;
+const TRACE_ROUNDS: usize = 48;
 
 /// Runs sections and gathers what they find.
 pub struct Contest<'a> {
     scene: &'a Scene<'a>,
+    trace: Option<&'a KeyTrace>,
     rounds: usize,
     /// What was found so far.
     pub outcome: Outcome,
@@ -36,7 +39,7 @@ impl<'a> Contest<'a> {
     ///
     /// # Errors
     /// Never so far.
-    pub fn new(scene: &'a Scene<'a>, rounds: usize) -> Result<Self> {
+    pub fn new(scene: &'a Scene<'a>, trace: Option<&'a KeyTrace>, rounds: usize) -> Result<Self> {
         let outcome = Outcome {
             gpu: scene.gpu.name.clone(),
             context_tokens: scene.context,
@@ -46,7 +49,7 @@ impl<'a> Contest<'a> {
             register_s: scene.host.register_s,
             ..Outcome::default()
         };
-        Ok(Self { scene, rounds, outcome })
+        Ok(Self { scene, trace, rounds, outcome })
     }
 
     /// Runs one section.
@@ -63,6 +66,7 @@ impl<'a> Contest<'a> {
             Section::Published => self.published(),
             Section::Cold => self.cold(),
             Section::Hot => self.hot(),
+            Section::Trace => self.traced(),
         }
     }
 
@@ -96,8 +100,7 @@ impl<'a> Contest<'a> {
             if context > self.scene.context {
                 continue;
             }
-            let block_rows = if context > 64 << 10 { DENSE_BLOCK_ROWS } else { 256 };
-            let batch = self.scene.resident(context, block_rows)?;
+            let batch = self.scene.resident(context)?;
             let layers = batch.shape().layers;
             let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_dense_layer(layer)))?;
             let mut timer = Timer::new(batch.stream());
@@ -117,7 +120,7 @@ impl<'a> Contest<'a> {
     }
 
     fn streamed(&mut self) -> Result<()> {
-        let mut buffers = self.scene.streamed(DENSE_BLOCK_ROWS)?;
+        let mut buffers = self.scene.streamed()?;
         let layers = self.scene.shape.layers.len();
         let mut timer = Timer::new(buffers.batch().stream());
         let mut times = Vec::new();
@@ -138,14 +141,7 @@ impl<'a> Contest<'a> {
     fn sparse(&self, denominator: u32, pool: f64, plan: LabelPlan) -> SparsePlan {
         let settings = settings(denominator);
         let count = settings.selected_tokens(self.scene.context);
-        SparsePlan {
-            plan,
-            settings,
-            pool: (count as f64 * pool) as usize,
-            gather_blocks: GATHER_BLOCKS,
-            block_rows: SPARSE_BLOCK_ROWS,
-            trace_rows: None,
-        }
+        SparsePlan { plan, settings, pool: (count as f64 * pool) as usize, gather_blocks: GATHER_BLOCKS, trace_rows: None }
     }
 
     fn small(&self) -> LabelPlan {
@@ -217,6 +213,61 @@ impl<'a> Contest<'a> {
         self.steps("no misses, n/64", &self.sparse(64, 2.0, self.small()), false)
     }
 
+    /// Hits and misses of recorded decode steps.
+    fn traced(&mut self) -> Result<()> {
+        let Some(trace) = self.trace else { return Ok(()) };
+        for (denominator, pools) in [(16, [1, 2, 3]), (64, [1, 2, 4])] {
+            for pool in pools {
+                self.traced_steps(trace, denominator, pool)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn traced_steps(&mut self, trace: &KeyTrace, denominator: u32, pool: usize) -> Result<()> {
+        let name = format!("trace, n/{denominator}, pool of {pool}k");
+        show_progress(&name, 0, 1);
+        let sparse = SparsePlan { trace_rows: Some(trace.rows), ..self.sparse(denominator, pool as f64, self.small()) };
+        let mut batch = self.scene.sparse(&sparse)?;
+        let (layers, lanes) = (batch.shape().layers, batch.shape().geometry.heads.lanes());
+        let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_layer(layer)))?;
+        let mut timer = Timer::new(batch.stream());
+        let (mut times, mut hits) = (Vec::new(), vec![Hits::default(); trace.layers]);
+        let steps = (TRACE_WARM_UP + self.rounds.max(TRACE_ROUNDS)).min(trace.steps);
+        for step in 0..steps {
+            for layer in 0..layers {
+                let source = |lane| trace.lane_source(layer, lane, lanes, step);
+                let keys: Vec<u16> = (0..lanes).flat_map(|lane| trace.keys(source(lane).1, source(lane).0)).copied().collect();
+                batch.set_trace(layer, 0, &keys)?;
+            }
+            timer.mark()?;
+            graph.launch()?;
+            timer.mark()?;
+            let time = timer.take()?[0];
+            for (index, counts) in batch.take_counters()?.into_iter().enumerate() {
+                if step >= TRACE_WARM_UP {
+                    let sum = &mut hits[index % trace.layers];
+                    sum.hits += counts[0];
+                    sum.selected += counts[0] + counts[1];
+                }
+            }
+            if step >= TRACE_WARM_UP {
+                times.push(time);
+            }
+        }
+        // Offline, at the trace's own resolution.
+        let selected = batch.shape().max_count * trace.rows / batch.shape().max_tokens;
+        let job = ReplayJob { selected, capacity: selected * pool, rule: Rule::LowestKey, warm_up: TRACE_WARM_UP, steps };
+        let offline = replay_drawn(trace, &job, DrawnLanes { layers, lanes });
+        let rates = |hits: &[Hits]| hits.iter().map(|hits| hits.rate()).collect::<Vec<f64>>();
+        let (all_hits, all): (u64, u64) = hits.iter().fold((0, 0), |sum, hits| (sum.0 + hits.hits, sum.1 + hits.selected));
+        let mut outcome = StepOutcome::new(&name, &times, Some(1.0 - all_hits as f64 / all.max(1) as f64), batch.bytes());
+        outcome.hit_rate_by_source = rates(&hits);
+        outcome.offline_hit_rate_by_source = rates(&offline);
+        self.outcome.steps.push(outcome);
+        Ok(())
+    }
+
     /// Times whole steps, one graph launch each.
     fn steps(&mut self, name: &str, sparse: &SparsePlan, cold: bool) -> Result<()> {
         let mut batch = self.scene.sparse(sparse)?;
@@ -232,10 +283,11 @@ impl<'a> Contest<'a> {
             graph.launch()?;
             timer.mark()?;
             let time = timer.take()?[0];
-            let (hit, miss) = batch.take_counters(0)?;
+            let counts = batch.take_counters()?;
             if round >= WARM_UP {
                 times.push(time);
-                (hits, misses) = (hits + hit, misses + miss);
+                hits += counts.iter().map(|counts| counts[0]).sum::<u64>();
+                misses += counts.iter().map(|counts| counts[1]).sum::<u64>();
             }
         }
         let ratio = misses as f64 / (hits + misses).max(1) as f64;

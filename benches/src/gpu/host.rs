@@ -5,12 +5,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
-use rand::SeedableRng;
+use sluice_kernels::device::cuda::Gpu;
 use sluice_kernels::device::cuda::buffer::HostAccess;
 use sluice_kernels::device::cuda::host::{HostRows, HostSegment};
-use sluice_kernels::device::cuda::Gpu;
 use sluice_kernels::layout::ClassLayout;
 use sluice_kernels::shape::ModelShape;
 use sluice_kernels::shared::segment::{Access, Segment};

@@ -3,7 +3,12 @@
 pub mod contest;
 pub mod host;
 pub mod outcome;
+pub mod recorded;
+pub mod replay;
 pub mod scene;
+pub mod trace;
+
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
@@ -15,6 +20,7 @@ use sluice_kernels::slot::CHUNK_TOKENS;
 use self::contest::Contest;
 use self::host::HostCache;
 use self::scene::Scene;
+use self::trace::KeyTrace;
 use crate::generator::Generator;
 use crate::report::{Format, show_progress};
 use crate::units::TokenCount;
@@ -34,8 +40,10 @@ pub enum Section {
     Published,
     /// Sparse steps without hot rows.
     Cold,
-    /// Sparse steps with hot rows.
+    /// Sparse steps without misses.
     Hot,
+    /// Sparse steps with the hits of a trace.
+    Trace,
 }
 
 /// Times a decode step on the GPU at long context, with the cache in host memory: parts, peers and floors, side by side.
@@ -65,6 +73,12 @@ pub struct GpuOptions {
     /// Only these sections; all by default.
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Section>,
+    /// Key trace of a real model (`sluice-bench trace`), to replay with hot rows.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+    /// Also write plots of the steps to SVG files beside this name.
+    #[arg(long, value_name = "FILE")]
+    plot: Option<PathBuf>,
     /// Seed of rows and queries.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -96,7 +110,10 @@ impl GpuOptions {
 /// Flags out of bounds, a GPU or compiler that is not there, memory that is refused.
 pub fn run(options: &GpuOptions) -> Result<()> {
     let context = options.context.0;
-    ensure!(context.is_multiple_of(CHUNK_TOKENS) && context >= 4 * CHUNK_TOKENS, "--context: {context} is not a multiple of 256 from 1024 on");
+    ensure!(
+        context.is_multiple_of(CHUNK_TOKENS) && context >= 4 * CHUNK_TOKENS,
+        "--context: {context} is not a multiple of 256 from 1024 on"
+    );
     ensure!((1..=100_000).contains(&options.rounds), "--rounds: {} is outside 1 to 100000", options.rounds);
     let shape = options.shape();
     shape.check().context("shape")?;
@@ -107,11 +124,25 @@ pub fn run(options: &GpuOptions) -> Result<()> {
     show_progress("filling host memory", 0, 1);
     let host = HostCache::fill(&gpu, &shape, &generator, context / CHUNK_TOKENS, options.seed, threads)?;
     let scene = Scene { gpu: &gpu, compiler: &compiler, shape: &shape, generator: &generator, host: &host, context };
-    let mut contest = Contest::new(&scene, options.rounds)?;
-    for section in [Section::Floors, Section::Dense, Section::Streamed, Section::Parts, Section::Published, Section::Cold, Section::Hot] {
+    let trace = options.trace.as_deref().map(KeyTrace::read).transpose()?;
+    let mut contest = Contest::new(&scene, trace.as_ref(), options.rounds)?;
+    let sections = [
+        Section::Floors,
+        Section::Dense,
+        Section::Streamed,
+        Section::Parts,
+        Section::Published,
+        Section::Cold,
+        Section::Hot,
+        Section::Trace,
+    ];
+    for section in sections {
         if options.wants(section) {
             contest.run(section)?;
         }
+    }
+    if let Some(plot) = &options.plot {
+        contest.outcome.plot(plot)?;
     }
     contest.outcome.show(options.format)
 }

@@ -1,10 +1,12 @@
 //! What a GPU bench found.
 
+use std::path::Path;
+
 use anyhow::Result;
 use serde::Serialize;
 use sluice_kernels::device::cuda::batch::BatchBytes;
 
-use crate::report::{Format, Table};
+use crate::report::{Format, Plot, Series, Table};
 use crate::statistics::spread;
 
 /// Times of one contestant's steps.
@@ -20,6 +22,10 @@ pub struct StepOutcome {
     pub worst_ms: f64,
     /// Part of the selected rows that were not hot.
     pub miss_ratio: Option<f64>,
+    /// By lane of the trace, the part of the selected rows that were hot.
+    pub hit_rate_by_source: Vec<f64>,
+    /// The same of an offline replay in plain code.
+    pub offline_hit_rate_by_source: Vec<f64>,
     /// Device memory of the contestant, in bytes.
     pub gpu_bytes: u64,
     /// Of it, by what it is for.
@@ -32,7 +38,17 @@ impl StepOutcome {
     pub fn new(name: &str, times: &[f64], miss_ratio: Option<f64>, bytes: BatchBytes) -> Self {
         let spread = spread(times).unwrap_or(crate::statistics::Spread { best: 0.0, median: 0.0, worst: 0.0 });
         let (step_ms, best_ms, worst_ms) = (spread.median, spread.best, spread.worst);
-        Self { name: name.to_owned(), step_ms, best_ms, worst_ms, miss_ratio, gpu_bytes: bytes.total(), bytes }
+        Self {
+            name: name.to_owned(),
+            step_ms,
+            best_ms,
+            worst_ms,
+            miss_ratio,
+            hit_rate_by_source: Vec::new(),
+            offline_hit_rate_by_source: Vec::new(),
+            gpu_bytes: bytes.total(),
+            bytes,
+        }
     }
 }
 
@@ -75,6 +91,34 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// Plots the steps' times against their misses.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub fn plot(&self, path: &Path) -> Result<()> {
+        let points = |of: &str| {
+            let mut points: Vec<(f64, f64)> = self
+                .steps
+                .iter()
+                .filter(|step| step.name.ends_with(of) || step.name.contains(&format!("{of},")))
+                .filter_map(|step| Some((100.0 * step.miss_ratio?, step.step_ms)))
+                .collect();
+            points.sort_by(|a, b| a.0.total_cmp(&b.0));
+            points
+        };
+        let mut series = vec![
+            Series { name: "k = n/16".to_owned(), points: points("n/16") },
+            Series { name: "k = n/64".to_owned(), points: points("n/64") },
+        ];
+        for step in self.steps.iter().filter(|step| step.name.ends_with(&self.context_tokens.to_string()) || step.name.contains("streamed"))
+        {
+            series.push(Series { name: step.name.clone(), points: vec![(0.0, step.step_ms), (100.0, step.step_ms)] });
+        }
+        series.retain(|series| !series.points.is_empty());
+        let title = format!("decode step, {} tokens, {} layers, {}", self.context_tokens, self.layers, self.gpu);
+        Plot { title, x_label: "selected rows that were not hot, %".to_owned(), y_label: "ms a step".to_owned(), series }.write_svg(path)
+    }
+
     /// Prints it.
     ///
     /// # Errors
@@ -84,7 +128,13 @@ impl Outcome {
             println!("{}", serde_json::to_string(self)?);
             return Ok(());
         }
-        println!("{}: {} tokens, {} layers, cache {:.1} GiB on the host", self.gpu, self.context_tokens, self.layers, gib(self.cache_bytes));
+        println!(
+            "{}: {} tokens, {} layers, cache {:.1} GiB on the host",
+            self.gpu,
+            self.context_tokens,
+            self.layers,
+            gib(self.cache_bytes)
+        );
         println!("filled in {:.1} s, registered in {:.1} s", self.fill_s, self.register_s);
         println!("device memory reads {:.0} GB/s, pinned copy {:.1} GB/s\n", self.hbm_read_gb_per_s, self.pinned_copy_gb_per_s);
         let mut table = Table::new(["step", "ms, median (best, worst)", "misses", "GPU GiB", "part of the cache"]);
@@ -98,6 +148,10 @@ impl Outcome {
             ]);
         }
         println!("{table}");
+        for step in self.steps.iter().filter(|step| !step.hit_rate_by_source.is_empty()) {
+            let rates = |rates: &[f64]| rates.iter().map(|rate| format!("{rate:.3}")).collect::<Vec<_>>().join(" ");
+            println!("{}: hits {}, offline {}", step.name, rates(&step.hit_rate_by_source), rates(&step.offline_hit_rate_by_source));
+        }
         let mut table = Table::new(["contestant", "part", "us a layer", "GB/s"]);
         for part in &self.parts {
             let rate = part.gb_per_s.map_or(String::new(), |rate| format!("{rate:.1}"));

@@ -44,8 +44,6 @@ pub struct SparsePlan {
     pub pool: usize,
     /// Blocks of the gather.
     pub gather_blocks: usize,
-    /// Rows of an attention block.
-    pub block_rows: usize,
     /// Rows of a trace.
     pub trace_rows: Option<usize>,
 }
@@ -102,7 +100,10 @@ impl Scene<'_> {
             max_count: sparse.settings.selected_tokens(self.context),
             kept: Kept::Pool(sparse.pool),
             tail_chunks: 3,
-            block_rows: sparse.block_rows,
+            block_rows: BatchShape::block_rows_for(
+                sparse.settings.selected_tokens(self.context) + CHUNK_TOKENS,
+                self.geometry().heads.lanes(),
+            ),
             gather_blocks: sparse.gather_blocks,
             trace_rows: sparse.trace_rows,
         };
@@ -140,7 +141,7 @@ impl Scene<'_> {
     ///
     /// # Errors
     /// Memory or a launch that is refused.
-    pub fn dense(&self, context: usize, layers: usize, block_rows: usize) -> Result<Batch> {
+    pub fn dense(&self, context: usize, layers: usize) -> Result<Batch> {
         let plan = LabelPlan::small(self.shape.layers[0].head_dim);
         let calibration = self.calibration(&plan)?;
         let coders: Vec<LabelCoder> = calibration.layers.iter().map(|layer| LabelCoder::new(&plan, layer)).collect();
@@ -153,7 +154,7 @@ impl Scene<'_> {
             max_count: 0,
             kept: Kept::Pool(0),
             tail_chunks: context.div_ceil(CHUNK_TOKENS),
-            block_rows,
+            block_rows: BatchShape::block_rows_for(context, self.geometry().heads.lanes()),
             gather_blocks: 1,
             trace_rows: None,
         };
@@ -172,9 +173,9 @@ impl Scene<'_> {
     ///
     /// # Errors
     /// As [`Scene::dense`].
-    pub fn resident(&self, context: usize, block_rows: usize) -> Result<Batch> {
+    pub fn resident(&self, context: usize) -> Result<Batch> {
         let layers = self.shape.layers.len();
-        let mut batch = self.dense(context, layers, block_rows)?;
+        let mut batch = self.dense(context, layers)?;
         batch.set_host(&self.host.rows)?;
         batch.seat_dense(0, &self.host.places[..context / CHUNK_TOKENS]);
         for layer in 0..layers {
@@ -187,10 +188,10 @@ impl Scene<'_> {
     ///
     /// # Errors
     /// As [`Scene::dense`].
-    pub fn streamed(&self, block_rows: usize) -> Result<DoubleBuffer> {
+    pub fn streamed(&self) -> Result<DoubleBuffer> {
         let rows: u64 = self.host.rows.pieces(0).iter().map(|piece| piece.1).sum();
         let chunks = rows as usize / self.geometry().page_bytes();
-        let mut batch = self.dense(chunks * CHUNK_TOKENS, 2, block_rows)?;
+        let mut batch = self.dense(chunks * CHUNK_TOKENS, 2)?;
         batch.set_dense_length(0, self.context)?;
         Ok(DoubleBuffer::new(self.gpu, batch, std::sync::Arc::clone(&self.host.rows))?)
     }

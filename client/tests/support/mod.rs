@@ -24,6 +24,11 @@ pub fn plain_shape(row_type: RowType) -> ModelShape {
     ModelShape { row_type, layers: vec![selected(4, 2, 64), selected(2, 1, 64)] }
 }
 
+/// Four lanes in every layer, for workers that share a sequence by lanes.
+pub fn lane_shape() -> ModelShape {
+    ModelShape { row_type: RowType::F16, layers: vec![selected(8, 4, 64), window(300, 4, 4, 64), selected(4, 4, 64)] }
+}
+
 pub fn register(client: &Client, name: &str, shape: &ModelShape) -> Model {
     let registration = ModelRegistration {
         name: name.to_owned(),

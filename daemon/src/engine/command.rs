@@ -135,6 +135,8 @@ pub struct Attached {
     pub writer: u32,
     /// Label set and calibration in force.
     pub calibration: Option<(u64, Arc<Calibration>)>,
+    /// Settings of the sequence's steps.
+    pub settings: Settings,
 }
 
 /// Files of a sequence for its holder.

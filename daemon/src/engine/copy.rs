@@ -31,7 +31,7 @@ impl Engine {
             }
             None => {
                 let slot = sequence.open.layout().slot_of(chunk);
-                let fidelity = sequence.open.record(slot)?.fidelity;
+                let fidelity = sequence.open.record(slot, sequence.writer_count())?.fidelity;
                 let record = SlotRecord { chunk: Some(chunk as u64), fidelity };
                 (Source::Open { file: &sequence.open, slot }, record, sequence.open.tokens(slot, tokens)?)
             }

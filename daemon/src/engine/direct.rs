@@ -27,6 +27,10 @@ impl Engine {
             return Err(EngineError::State { what: "sequence", id, state, needed: "attach before the first Append or Decode" });
         }
         let (model, mut writers) = (sequence.record.model, sequence.record.writers.clone());
+        if request.lanes.is_some() && writers.is_empty() && sequence.record.direct {
+            let state = "attached by a worker of all lanes".to_owned();
+            return Err(EngineError::State { what: "sequence", id, state, needed: "its first worker names its lanes as well" });
+        }
         if self.tickets.len() >= TICKETS_MAX {
             let fix = "redeem tickets, or wait until they expire";
             return Err(EngineError::Exhausted { limit: "tickets", wanted: 1, available: 0, fix });
@@ -44,10 +48,11 @@ impl Engine {
         let sequence = self.leased_sound(request.lease)?;
         sequence.record.direct = true;
         sequence.record.writers = writers;
+        let settings = sequence.record.settings;
         let record = sequence.record.clone();
         self.edits.push(Edit::Sequence(record));
         let calibration = self.model(model)?.labels.as_ref().map(|labels| (labels.id, Arc::clone(&labels.calibration)));
-        Ok(Attached { ticket, writer, calibration })
+        Ok(Attached { ticket, writer, calibration, settings })
     }
 
     /// The writer index of a lane range: the one it has already, or a new one.
@@ -76,6 +81,11 @@ impl Engine {
             return Err(EngineError::invalid("lane ranges of the sequence", writers.len() + 1, format!("1 to {MAX_WRITERS}")));
         }
         writers.push((first, count));
+        let covered: u32 = writers.iter().map(|&(_, count)| count).sum();
+        if writers.len() == MAX_WRITERS && covered < lanes {
+            let bound = format!("{} lanes, what worker {MAX_WRITERS} of {MAX_WRITERS} must complete", lanes - covered + count);
+            return Err(EngineError::invalid("lane_count", count, bound));
+        }
         Ok(writers.len() as u32 - 1)
     }
 

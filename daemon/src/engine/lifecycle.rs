@@ -9,6 +9,7 @@ use crate::engine::command::{Fork, LeaseKey, Open, Opened};
 use crate::engine::error::EngineError;
 use crate::engine::limbo::Waiting;
 use crate::engine::open::{NewSequence, holder};
+use crate::engine::sequence::{SequenceState, Stall};
 use crate::engine::state::{Engine, Outcome, Until};
 use crate::journal::Edit;
 
@@ -33,6 +34,7 @@ impl Engine {
         }
         let committed = self.recovered_tokens(id)?;
         self.check_parked_windows(id, committed)?;
+        self.merge_records(id, committed)?;
         let Some(sequence) = self.sequences.get_mut(&id) else { return state("gone", "open it by tokens") };
         sequence.open.set_committed(committed)?;
         sequence.committed = committed;
@@ -67,13 +69,24 @@ impl Engine {
         let mut whole = sealed;
         while whole < committed {
             let chunk = whole as usize / CHUNK_TOKENS;
-            let record = sequence.open.record(sequence.open.layout().slot_of(chunk))?;
+            let record = sequence.open.record(sequence.open.layout().slot_of(chunk), sequence.writer_count())?;
             if record.chunk != Some(chunk as u64) {
                 break;
             }
             whole = committed.min(whole + CHUNK_TOKENS as u64);
         }
         Ok(whole)
+    }
+
+    /// Gives the chunks that are not sealed one record for whichever workers come next, out of those of the last ones.
+    fn merge_records(&self, id: u64, committed: u64) -> Result<(), EngineError> {
+        let Some(sequence) = self.sequences.get(&id) else { return Ok(()) };
+        for chunk in sequence.path.len()..(committed as usize).div_ceil(CHUNK_TOKENS) {
+            let slot = sequence.open.layout().slot_of(chunk);
+            let record = sequence.open.record(slot, sequence.writer_count())?;
+            sequence.open.write_record(slot, record)?;
+        }
+        Ok(())
     }
 
     fn check_parked_windows(&self, id: u64, committed: u64) -> Result<(), EngineError> {
@@ -104,11 +117,13 @@ impl Engine {
         let parent = self.leased_sound(request.lease)?;
         let committed = parent.committed;
         if position > committed {
+            check_writers(parent, committed)?;
             return Err(EngineError::invalid("position", position, format!("0 to {committed} committed tokens")));
         }
         let whole_chunks = position as usize / CHUNK_TOKENS;
         if parent.path.len() < whole_chunks {
-            if parent.starved {
+            check_writers(parent, parent.sealed_tokens())?;
+            if parent.stall == Some(Stall::Space) {
                 let fix = "close sequences, or raise arena_bytes (counted in chunks of 256 tokens)";
                 let wanted = (whole_chunks - parent.path.len()) as u64;
                 return Err(EngineError::Exhausted { limit: "arena_bytes", wanted, available: 0, fix });
@@ -146,12 +161,14 @@ impl Engine {
         let has_worker = sequence.record.direct || sequence.lease.as_ref().is_some_and(|lease| lease.streamed);
         if highest > position && has_worker {
             let state = format!("{highest} tokens are committed, {position} are to stay");
-            let needed = "lower the committed word before truncating";
+            let needed = "every worker lowers its committed word before one of them truncates";
             return Err(EngineError::State { what: "sequence", id: key.sequence, state, needed });
         }
-        let bound = sequence.capacity_tokens();
-        if position > bound {
-            return Err(EngineError::invalid("position", position, format!("0 to {bound} tokens")));
+        // What its holder has not lowered its words below is whole; with a word that cannot be true nothing is.
+        let whole = sequence.committed_of(&words).unwrap_or(0);
+        if position > whole {
+            check_writers(sequence, whole)?;
+            return Err(EngineError::invalid("position", position, format!("0 to {whole} committed tokens")));
         }
         let (model, path, committed) = (sequence.record.model, sequence.path.clone(), sequence.committed.max(position));
         self.check_window(model, &path, position, committed)?;
@@ -214,7 +231,7 @@ impl Engine {
         self.leased(key)?;
         self.poll_sequence(key.sequence);
         let sequence = self.leased(key)?;
-        if !sequence.record.poisoned && !sequence.starved {
+        if !sequence.record.poisoned && sequence.stall.is_none() {
             let whole_chunks = sequence.committed as usize / CHUNK_TOKENS;
             if sequence.path.len() < whole_chunks {
                 return Ok(Outcome::Later(Until::Sealed(key.sequence, whole_chunks)));
@@ -278,4 +295,11 @@ impl Engine {
         self.edits.push(Edit::Sequence(record));
         self.dirty.insert(id);
     }
+}
+
+/// Refuses what needs rows beyond the first `whole` tokens while some lanes have no worker.
+fn check_writers(sequence: &SequenceState, whole: u64) -> Result<(), EngineError> {
+    let Some(lanes) = sequence.unwritten_lanes() else { return Ok(()) };
+    let state = format!("lanes {} to {} have no worker, so only its first {whole} tokens are whole", lanes.start, lanes.end - 1);
+    Err(EngineError::State { what: "sequence", id: sequence.id(), state, needed: "attach a worker for these lanes first" })
 }

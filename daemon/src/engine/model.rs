@@ -81,6 +81,12 @@ impl Model {
         self.record.id
     }
 
+    /// Lanes of the first layer: of every layer, where workers may share a sequence by lanes.
+    #[must_use]
+    pub fn lanes(&self) -> u32 {
+        self.shape.layers.first().map_or(0, |layer| u32::from(layer.kv_heads))
+    }
+
     /// The layout of a class.
     #[must_use]
     pub fn class(&self, class: SlotClass) -> &Arc<ClassLayout> {

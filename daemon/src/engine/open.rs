@@ -140,7 +140,8 @@ impl Engine {
     /// Makes files and state of a sequence whose path is given, with the first lease.
     pub(crate) fn create(&mut self, new: NewSequence) -> Result<LeaseKey, EngineError> {
         let table_chunks = self.table_chunks();
-        let layout = OpenLayout::new(&self.model(new.model)?.shape, new.open_slots)?;
+        let model = self.model(new.model)?;
+        let (layout, lanes) = (OpenLayout::new(&model.shape, new.open_slots)?, model.lanes());
         let id = self.new_id();
         let (open_path, board_path) = (self.folder.open(id), self.folder.board(id));
         let open_bytes = layout.file_bytes();
@@ -181,7 +182,8 @@ impl Engine {
             committed: new.position,
             seal_epoch: 0,
             sealing: false,
-            starved: false,
+            stall: None,
+            lanes,
             window_from: 0,
             published: 0,
             next_poll: Instant::now(),

@@ -142,7 +142,8 @@ impl Engine {
 
     fn take_up_sequence(&mut self, record: SequenceRecord, mut path: Vec<u64>) -> Result<(), EngineError> {
         let id = record.id;
-        let layout = OpenLayout::new(&self.model(record.model)?.shape, record.open_slots)?;
+        let model = self.model(record.model)?;
+        let (layout, lanes) = (OpenLayout::new(&model.shape, record.open_slots)?, model.lanes());
         let open_bytes = layout.file_bytes();
         let open = OpenFile::reopen(open_writable(&self.folder.open(id))?, layout);
         let board = Board::map(&open_writable(&self.folder.board(id))?, Access::Writable)?;
@@ -160,6 +161,7 @@ impl Engine {
             self.need_window(chunk);
         }
         let committed = (path.len() * CHUNK_TOKENS) as u64;
+        let seal_epoch = board.truncations();
         let was_parked = record.parked_at.is_some();
         let sequence = SequenceState {
             record,
@@ -169,9 +171,10 @@ impl Engine {
             board,
             lease,
             committed,
-            seal_epoch: 0,
+            seal_epoch,
             sealing: false,
-            starved: false,
+            stall: None,
+            lanes,
             window_from,
             published: 0,
             next_poll: Instant::now(),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use sluice_kernels::slot::{CHUNK_TOKENS, SlotClass, SlotId};
 
-use crate::engine::model::Model;
+use crate::engine::sequence::Stall;
 use crate::engine::state::Engine;
 use crate::journal::{ChunkRecord, Edit};
 use crate::seal::{Job, LabelTarget, Place, SealError, SealJob, Sealed};
@@ -19,17 +19,15 @@ impl Engine {
             return;
         }
         let model = sequence.record.model;
-        let Some(state) = self.models.get(&model) else { return };
-        if !writers_cover(&sequence.record.writers, state) {
-            // Some lanes have no writer yet: nobody can wait for this chunk.
-            self.sequences.get_mut(&id).into_iter().for_each(|sequence| sequence.starved = true);
+        if sequence.unwritten_lanes().is_some() {
+            self.sequences.get_mut(&id).into_iter().for_each(|sequence| sequence.stall = Some(Stall::Writers));
             return;
         }
         let Some(slots) = self.allocate_both(model) else {
             // While a segment is on its way or slots are in limbo this is a matter of time, not of space.
             let hopeless = !self.growing.keys().any(|&(of, _)| of == model) && self.limbo.is_empty() && self.to_limbo.is_empty();
             if let Some(sequence) = self.sequences.get_mut(&id) {
-                sequence.starved = hopeless;
+                sequence.stall = hopeless.then_some(Stall::Space);
             }
             return;
         };
@@ -42,12 +40,13 @@ impl Engine {
     fn start_seal(&mut self, id: u64, chunk: usize, slots: [Option<SlotId>; 2]) {
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
         sequence.sealing = true;
-        sequence.starved = false;
+        sequence.stall = None;
         let (epoch, open, model) = (sequence.seal_epoch, Arc::clone(&sequence.open), sequence.record.model);
+        let writers = sequence.writer_count();
         let [selected, window] = slots.map(|slot| slot.and_then(|slot| self.arena.place(slot)));
         let labels = selected.as_ref().and_then(|place| self.label_target(model, place));
         let Some(row_type) = self.models.get(&model).map(|model| model.shape.row_type) else { return };
-        let job = SealJob { sequence: id, model, epoch, chunk, row_type, open, selected, window, labels };
+        let job = SealJob { sequence: id, model, epoch, chunk, row_type, open, writers, selected, window, labels };
         self.planned.push_back(Job::Seal(job));
     }
 
@@ -191,10 +190,4 @@ impl Engine {
         self.advance_window(id);
         self.dirty.insert(id);
     }
-}
-
-/// Whether the attached writers together write every lane.
-fn writers_cover(writers: &[(u32, u32)], model: &Model) -> bool {
-    let lanes = model.shape.layers.first().map_or(0, |layer| u32::from(layer.kv_heads));
-    writers.is_empty() || writers.iter().map(|&(_, count)| count).sum::<u32>() >= lanes
 }

@@ -1,10 +1,11 @@
 //! A sequence as the engine sees it: a path of chunks, open slots, a board and perhaps a lease.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
 use sluice_kernels::shared::board::{Board, BoardState};
-use sluice_kernels::shared::open::{OpenFile, OpenWords};
+use sluice_kernels::shared::open::{MAX_WRITERS, OpenFile, OpenWords};
 use sluice_kernels::slot::CHUNK_TOKENS;
 
 use crate::engine::lease::Process;
@@ -19,6 +20,15 @@ pub struct Lease {
     pub last_used: Instant,
     /// Whether the daemon's decoder has it.
     pub streamed: bool,
+}
+
+/// Why a full chunk is not sealed, and will not be by waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stall {
+    /// No slot of the arena is free.
+    Space,
+    /// Some lanes have no worker.
+    Writers,
 }
 
 /// A held or parked sequence.
@@ -42,8 +52,10 @@ pub struct SequenceState {
     pub seal_epoch: u64,
     /// Whether a seal job is on its way.
     pub sealing: bool,
-    /// Whether the next chunk waits for an arena slot.
-    pub starved: bool,
+    /// Why the next full chunk is not sealed.
+    pub stall: Option<Stall>,
+    /// Lanes of each layer, where all layers have the same number.
+    pub lanes: u32,
     /// First chunk whose window rows this sequence needs.
     pub window_from: usize,
     /// Entries of the path that the board shows.
@@ -86,9 +98,30 @@ impl SequenceState {
         self.record.writers.len().max(1)
     }
 
-    /// Tokens that every writer has committed, out of untrusted words: `Err` with the word that cannot be true.
+    /// The first lanes that no worker has attached for; `None` when every lane has its writer.
+    #[must_use]
+    pub fn unwritten_lanes(&self) -> Option<Range<u32>> {
+        if self.record.writers.is_empty() {
+            return None;
+        }
+        let mut ranges = self.record.writers.clone();
+        ranges.sort_unstable();
+        let mut next = 0;
+        for (first, count) in ranges {
+            if first > next {
+                return Some(next..first);
+            }
+            next = first + count;
+        }
+        (next < self.lanes).then_some(next..self.lanes)
+    }
+
+    /// Tokens that every writer has committed, out of untrusted words: `Err` with the word that cannot be true. A word that no writer has taken
+    /// yet stands for the lanes without one: it holds what was whole when the lease began.
     pub fn committed_of(&self, words: &OpenWords) -> Result<u64, u64> {
-        let committed = words.committed[..self.writer_count()].iter().copied().min().unwrap_or(0);
+        let missing = usize::from(self.unwritten_lanes().is_some());
+        let counted = (self.writer_count() + missing).min(MAX_WRITERS);
+        let committed = words.committed[..counted].iter().copied().min().unwrap_or(0);
         if committed > self.capacity_tokens() { Err(committed) } else { Ok(committed) }
     }
 

@@ -204,6 +204,7 @@ impl Engine {
         }
         sequence.board.set_sealed_chunks(length);
         sequence.published = length;
+        sequence.board.set_truncations(sequence.seal_epoch);
         let labels = self.models.get(&sequence.record.model).and_then(|model| model.labels.as_ref());
         sequence.board.set_label_set(labels.map(|labels| labels.id));
         sequence.board.set_lease(self.boot_epoch, sequence.record.generation, sequence.board_state());

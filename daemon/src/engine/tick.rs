@@ -123,7 +123,7 @@ impl Engine {
             Until::Sealed(id, chunks) => self.sequences.get(id).is_none_or(|sequence| {
                 let possible = sequence.committed as usize / CHUNK_TOKENS;
                 let unread = !sequence.sealing && possible < *chunks && sequence.quiet_polls > 1;
-                sequence.path.len() >= *chunks || sequence.record.poisoned || sequence.starved || unread
+                sequence.path.len() >= *chunks || sequence.record.poisoned || sequence.stall.is_some() || unread
             }),
         }
     }

@@ -150,6 +150,7 @@ impl Sluice for SluiceService {
             writer: attached.writer,
             calibration_json: calibration.unwrap_or_default().into(),
             label_set,
+            settings: Some(convert::wire_settings(&attached.settings)),
         }))
     }
 }

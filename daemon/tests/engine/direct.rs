@@ -1,5 +1,6 @@
 //! A direct worker in the test's own process.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use sluice_daemon::engine::EngineHandle;
@@ -11,7 +12,12 @@ use sluice_kernels::shared::segment::{Access, LabelSegment, Segment};
 
 /// Attaches to a sequence; the open file comes along for tests that damage it.
 pub(crate) async fn attach(engine: &EngineHandle, lease: LeaseKey) -> (Sequence, std::fs::File) {
-    let ticket = engine.attach(Attach { lease, lanes: None }).await.expect("a ticket").ticket;
+    attach_lanes(engine, lease, None).await
+}
+
+/// Attaches as the worker of some lanes.
+pub(crate) async fn attach_lanes(engine: &EngineHandle, lease: LeaseKey, lanes: Option<Range<u32>>) -> (Sequence, std::fs::File) {
+    let ticket = engine.attach(Attach { lease, lanes: lanes.clone() }).await.expect("a ticket").ticket;
     let redeeming = engine.clone();
     let redeemed = tokio::task::spawn_blocking(move || redeeming.redeem_blocking(ticket, crate::support::peer())).await;
     let files: HolderFiles = redeemed.expect("joined").expect("redeemed");
@@ -23,7 +29,7 @@ pub(crate) async fn attach(engine: &EngineHandle, lease: LeaseKey) -> (Sequence,
         open: files.open,
         open_slots: files.open_slots,
         writer: files.writer as usize,
-        lanes: None,
+        lanes: lanes.map(|lanes| lanes.start as usize..lanes.end as usize),
         settings: files.settings,
     };
     (Sequence::attach(files).expect("attached"), open)
@@ -68,8 +74,10 @@ pub(crate) async fn append(engine: &EngineHandle, lease: LeaseKey, sequence: &mu
             continue;
         }
         for layer in 0..shape.layers.len() {
+            let lanes = sequence.part(layer).lanes;
             let rows = crate::support::rows(&tokens[..end], first, layer, shape.layers[layer].lanes());
-            sequence.append(layer, first, &rows).expect("appended");
+            let of_lane = rows.len() / shape.layers[layer].lanes();
+            sequence.append(layer, first, &rows[lanes.start * of_lane..lanes.end * of_lane]).expect("appended");
         }
         sequence.write_tokens(first, &tokens[first..end]).expect("ids written");
         sequence.commit();

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use crate::direct::{append, attach, refresh};
+use crate::direct::{append, attach, attach_lanes, refresh};
 use crate::support::{check_rows, check_slots, config, open, register, shape, start, tokens};
 use sluice_daemon::engine::command::{EngineStats, LeaseKey, SequenceStatus};
 use sluice_daemon::engine::{EngineError, EngineHandle};
 use sluice_kernels::sequence::Sequence;
+use sluice_kernels::shape::ModelShape;
 use sluice_kernels::shared::board::BoardState;
 
 async fn until(engine: &EngineHandle, what: &str, holds: impl Fn(&EngineStats) -> bool) {
@@ -141,4 +142,80 @@ async fn a_ticket_works_once_and_only_for_the_lease_in_force() {
     let ticket = engine.attach(request).await.expect("a ticket").ticket;
     engine.close(lease).await.expect("closed");
     assert!(matches!(redeem(ticket).await, Err(EngineError::Invalid { field: "ticket", .. })), "its lease has ended");
+}
+
+/// Two layers of two lanes each, for two workers.
+fn shared_shape() -> ModelShape {
+    let mut shape = shape(None);
+    let layer = shape.layers[0];
+    shape.layers[1] = layer;
+    shape
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_truncation_waits_for_the_steps_of_every_worker() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let engine = start(config(folder.path()));
+    let shape = shared_shape();
+    let model = register(&engine, &shape).await;
+    let lease = open(&engine, model, &[]).await.lease;
+    let (mut low, _) = attach_lanes(&engine, lease, Some(0..1)).await;
+    let (mut high, _) = attach_lanes(&engine, lease, Some(1..2)).await;
+    let text = tokens(1024, 1);
+    // In turns: neither gets further ahead than the open slots allow.
+    for end in [512, 1024] {
+        append(&engine, lease, &mut low, &text[..end], end - 512).await;
+        append(&engine, lease, &mut high, &text[..end], end - 512).await;
+    }
+    sealed(&engine, lease, &mut low, 4).await;
+
+    // The second worker is inside a step and has given up nothing yet: refused, and nothing has changed.
+    high.open().start_step();
+    low.begin_truncate(0).expect("begun");
+    let refused = engine.truncate(lease, 0).await;
+    assert!(matches!(&refused, Err(EngineError::State { state, .. }) if state.contains("1024 tokens are committed")), "{refused:?}");
+    assert_eq!(engine.stats().await.expect("stats").chunks_held, 4);
+    assert_eq!(low.board().truncations(), 0);
+    // It has given its tokens up, and its step over their rows still runs: they stay where they are until it is over.
+    high.begin_truncate(0).expect("begun");
+    assert_eq!(engine.truncate(lease, 0).await, Ok(0));
+    assert_eq!((low.board().truncations(), low.board().sealed_chunks()), (1, 0));
+    low.truncated(0);
+    append(&engine, lease, &mut low, &tokens(256, 2), 0).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(engine.stats().await.expect("stats").chunks_held, 4, "a step of the second worker is running");
+    high.open().complete_step();
+    until(&engine, "the chunks are let go of", |stats| stats.chunks_held == 0).await;
+    high.truncated(0);
+    append(&engine, lease, &mut high, &tokens(256, 2), 0).await;
+    sealed(&engine, lease, &mut high, 1).await;
+    engine.close(lease).await.expect("closed");
+    let again = open(&engine, model, &tokens(256, 2)).await;
+    assert_eq!(again.matched_tokens, 256, "what both have written since");
+    check_rows(&engine, again.lease, &shape, &tokens(256, 2)).await;
+    engine.close(again.lease).await.expect("closed");
+    check_slots(&engine).await.expect("slots add up");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_of_all_lanes_and_of_some_do_not_mix() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let engine = start(config(folder.path()));
+    let model = register(&engine, &shared_shape()).await;
+    let lanes = |lease, lanes| sluice_daemon::engine::command::Attach { lease, lanes };
+    let lease = open(&engine, model, &[]).await.lease;
+    engine.attach(lanes(lease, None)).await.expect("all lanes");
+    let refused = engine.attach(lanes(lease, Some(1..2))).await;
+    assert!(matches!(&refused, Err(EngineError::State { state, .. }) if state.contains("all lanes")), "{refused:?}");
+    let lease = open(&engine, model, &[]).await.lease;
+    engine.attach(lanes(lease, Some(1..2))).await.expect("the second lane");
+    let refused = engine.attach(lanes(lease, None)).await;
+    assert!(matches!(refused, Err(EngineError::Invalid { field: "lane_count", .. })), "{refused:?}");
+    let refused = engine.attach(lanes(lease, Some(0..2))).await;
+    assert!(matches!(refused, Err(EngineError::Invalid { field: "first_lane", .. })), "{refused:?}");
+    // Nothing was appended, so what is asked for is whole.
+    assert_eq!(engine.truncate(lease, 0).await, Ok(0));
+    let refused = engine.truncate(lease, 1).await;
+    assert!(matches!(&refused, Err(EngineError::State { state, .. }) if state.contains("lanes 0 to 0 have no worker")), "{refused:?}");
+    engine.close(lease).await.expect("closed");
 }

@@ -353,7 +353,8 @@ impl Sequence {
         Err(SequenceError::Bound { field: "layer", value: layer as u64, low: 0, high: count as u64 - 1 })
     }
 
-    /// Stores the token ids of consecutive tokens, from the first one without an id on. Writer 0 only.
+    /// Takes account of the token ids of consecutive tokens, from the first one without an id on. Writer 0 stores them; every writer marks the
+    /// slots that its rows of them lie in.
     ///
     /// # Errors
     /// A gap, or no place.
@@ -371,7 +372,9 @@ impl Sequence {
             if self.open.record(slot).chunk != Some(chunk as u64) {
                 self.open.write_record(slot, SlotRecord { chunk: Some(chunk as u64), fidelity: None });
             }
-            self.open.write_tokens(slot, token, &ids[done..done + count]);
+            if self.open.writer() == 0 {
+                self.open.write_tokens(slot, token, &ids[done..done + count]);
+            }
             done += count;
         }
         self.tokens_written += ids.len();

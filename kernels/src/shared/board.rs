@@ -19,6 +19,7 @@ const WORD_STATE: usize = 4;
 const WORD_SEALED_CHUNKS: usize = 5;
 const WORD_LABEL_SET: usize = 6;
 const WORD_TABLE_CHUNKS: usize = 7;
+const WORD_TRUNCATIONS: usize = 8;
 const TABLE_FIRST_WORD: usize = PAGE_BYTES as usize / 8;
 
 /// What the daemon says about the lease.
@@ -113,6 +114,12 @@ impl Board {
         (self.words.word(WORD_SEALED_CHUNKS).load(Acquire) as usize).min(self.table_chunks as usize)
     }
 
+    /// How often the sequence has been truncated: workers that share it see by it that a truncation was carried out.
+    #[must_use]
+    pub fn truncations(&self) -> u64 {
+        self.words.word(WORD_TRUNCATIONS).load(Acquire)
+    }
+
     /// Label set of all sealed chunks; `None` until a calibration is set.
     #[must_use]
     pub fn label_set(&self) -> Option<u64> {
@@ -134,6 +141,11 @@ impl Board {
     pub fn set_sealed_chunks(&self, chunks: usize) {
         assert!(chunks <= self.table_chunks as usize, "{chunks} chunks on a board of {}", self.table_chunks);
         self.words.word(WORD_SEALED_CHUNKS).store(chunks as u64, Release);
+    }
+
+    /// Publishes the number of truncations, after what they have changed. Daemon only.
+    pub fn set_truncations(&self, truncations: u64) {
+        self.words.word(WORD_TRUNCATIONS).store(truncations, Release);
     }
 
     /// Publishes the label set, after the labels of every sealed chunk. Daemon only.

@@ -9,12 +9,13 @@ pub mod board;
 pub mod folder;
 pub mod mapping;
 pub mod open;
+pub mod record;
 pub mod segment;
 
 use thiserror::Error;
 
 /// Version of the shared layout: board words, open-slot header, planes.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// A shared file that cannot be used.
 #[derive(Debug, Error)]

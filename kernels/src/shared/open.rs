@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! page 0      words: magic, version, slots, -; committed, started, completed of up to 8 writers (8 words each)
-//! records     one of 64 bytes per slot: chunk index + 1, fidelity (32 bytes)
+//! records     eight of 64 bytes per slot, one a writer: chunk index + 1, fidelity (32 bytes)
 //! tokens      256 token ids (u32) per slot
 //! opaque      two buffers of a page: length, sequence number, XXH3, bytes
 //! planes      slots in layer-major order: selected class, then window class
 //! ```
-//! Writers are the workers of one sequence (lane ranges); writer 0 writes records, tokens and opaque state.
+//! Writers are the workers of one sequence (lane ranges). Each writes the rows of its lanes, its records and its words; writer 0 writes tokens
+//! and opaque state.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -20,8 +21,11 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::layout::{ClassLayout, Plane};
 use crate::shape::ModelShape;
 use crate::shared::mapping::{Mapping, PAGE_BYTES, page_align};
+use crate::shared::record::RECORD_BYTES;
 use crate::shared::{LAYOUT_VERSION, SharedError};
 use crate::slot::{CHUNK_TOKENS, SlotClass};
+
+pub use crate::shared::record::{Fidelity, SlotRecord};
 
 /// Most workers that share one sequence.
 pub const MAX_WRITERS: usize = 8;
@@ -38,11 +42,7 @@ const WORD_COMMITTED: usize = 8;
 const WORD_STARTED: usize = 16;
 const WORD_COMPLETED: usize = 24;
 const HEADER_WORDS: usize = 32;
-const RECORD_BYTES: u64 = 64;
 const TOKENS_BYTES: u64 = (CHUNK_TOKENS * 4) as u64;
-
-/// How rows came to be: `None` by dense prefill, otherwise a digest of selector, budget and plan (DESIGN.md, section 5, Names).
-pub type Fidelity = Option<[u8; 32]>;
 
 /// Where everything lies in a file of open slots.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,7 +70,7 @@ impl OpenLayout {
         let selected = Arc::new(ClassLayout::new(shape, SlotClass::Selected));
         let window = Arc::new(ClassLayout::new(shape, SlotClass::Window));
         let count = u64::from(slots);
-        let tokens_at = page_align(PAGE_BYTES + count * RECORD_BYTES);
+        let tokens_at = page_align(PAGE_BYTES + count * (MAX_WRITERS * RECORD_BYTES) as u64);
         let opaque_at = page_align(tokens_at + count * TOKENS_BYTES);
         let selected_at = opaque_at + 2 * PAGE_BYTES;
         let window_at = page_align(selected_at + selected.segment_bytes(slots));
@@ -113,36 +113,12 @@ impl OpenLayout {
         first + ClassLayout::page_offset(plane, self.slots, slot)
     }
 
-    fn record_at(&self, slot: u32) -> u64 {
-        PAGE_BYTES + u64::from(slot) * RECORD_BYTES
+    fn record_at(&self, slot: u32, writer: usize) -> u64 {
+        PAGE_BYTES + (u64::from(slot) * MAX_WRITERS as u64 + writer as u64) * RECORD_BYTES as u64
     }
 
     fn tokens_at(&self, slot: u32) -> u64 {
         self.tokens_at + u64::from(slot) * TOKENS_BYTES
-    }
-}
-
-/// What is written beside a slot's rows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SlotRecord {
-    /// Chunk that grows in the slot; `None` before the first.
-    pub chunk: Option<u64>,
-    /// How its rows came to be.
-    pub fidelity: Fidelity,
-}
-
-impl SlotRecord {
-    fn to_bytes(self) -> [u8; RECORD_BYTES as usize] {
-        let mut bytes = [0; RECORD_BYTES as usize];
-        bytes[..8].copy_from_slice(&self.chunk.map_or(0, |chunk| chunk + 1).to_le_bytes());
-        bytes[8..40].copy_from_slice(&self.fidelity.unwrap_or([0; 32]));
-        bytes
-    }
-
-    fn from_bytes(bytes: &[u8; RECORD_BYTES as usize]) -> Self {
-        let chunk = u64::from_le_bytes(std::array::from_fn(|index| bytes[index])).checked_sub(1);
-        let fidelity: [u8; 32] = std::array::from_fn(|index| bytes[8 + index]);
-        Self { chunk, fidelity: Some(fidelity).filter(|digest| *digest != [0; 32]) }
     }
 }
 
@@ -237,19 +213,24 @@ impl OpenSlots {
         self.mapping.write(self.layout.tokens_at(slot) as usize + token * 4, bytemuck::cast_slice(ids));
     }
 
-    /// Writes the record of a slot.
-    pub fn write_record(&self, slot: u32, record: SlotRecord) {
-        assert!(slot < self.layout.slots, "open slot {slot} of {}", self.layout.slots);
-        self.mapping.write(self.layout.record_at(slot) as usize, &record.to_bytes());
+    /// This writer's index.
+    #[must_use]
+    pub fn writer(&self) -> usize {
+        self.writer
     }
 
-    /// The record of a slot.
+    /// Writes this writer's record of a slot.
+    pub fn write_record(&self, slot: u32, record: SlotRecord) {
+        assert!(slot < self.layout.slots, "open slot {slot} of {}", self.layout.slots);
+        self.mapping.write(self.layout.record_at(slot, self.writer) as usize, &record.to_bytes());
+    }
+
+    /// This writer's record of a slot.
     #[must_use]
     pub fn record(&self, slot: u32) -> SlotRecord {
         assert!(slot < self.layout.slots, "open slot {slot} of {}", self.layout.slots);
-        let first = self.layout.record_at(slot) as usize;
-        let bytes = self.mapping.bytes(first..first + RECORD_BYTES as usize);
-        SlotRecord::from_bytes(&std::array::from_fn(|index| bytes[index]))
+        let first = self.layout.record_at(slot, self.writer) as usize;
+        SlotRecord::from_bytes(self.mapping.bytes(first..first + RECORD_BYTES))
     }
 
     /// Stores state for whoever resumes the sequence; the older of the two buffers is overwritten, so a kill leaves one whole.
@@ -331,22 +312,23 @@ impl OpenFile {
         self.write(WORD_COMMITTED as u64 * 8, bytemuck::cast_slice(&[tokens; MAX_WRITERS]))
     }
 
-    /// The record of a slot.
+    /// The record of a slot, of its first `writers` writers together.
     ///
     /// # Errors
     /// The file was cut short or cannot be read.
-    pub fn record(&self, slot: u32) -> Result<SlotRecord, SharedError> {
-        let mut bytes = [0; RECORD_BYTES as usize];
-        self.read(self.layout.record_at(self.checked(slot)?), &mut bytes)?;
-        Ok(SlotRecord::from_bytes(&bytes))
+    pub fn record(&self, slot: u32, writers: usize) -> Result<SlotRecord, SharedError> {
+        let mut bytes = [0; MAX_WRITERS * RECORD_BYTES];
+        self.read(self.layout.record_at(self.checked(slot)?, 0), &mut bytes)?;
+        let records: Vec<SlotRecord> = bytes.chunks_exact(RECORD_BYTES).take(writers.max(1)).map(SlotRecord::from_bytes).collect();
+        Ok(SlotRecord::of_writers(&records))
     }
 
-    /// Writes the record of a slot.
+    /// Writes the records of a slot for every writer there may be.
     ///
     /// # Errors
     /// It cannot be written.
     pub fn write_record(&self, slot: u32, record: SlotRecord) -> Result<(), SharedError> {
-        self.write(self.layout.record_at(self.checked(slot)?), &record.to_bytes())
+        self.write(self.layout.record_at(self.checked(slot)?, 0), &record.to_bytes().repeat(MAX_WRITERS))
     }
 
     /// The first `count` token ids of a slot.

@@ -136,13 +136,21 @@ pub struct Batch {
     lse: DeviceBuffer<f32>,
     /// `[layer][slot][lane][row_bytes]`.
     new_rows: DeviceBuffer<u8>,
-    counters: DeviceBuffer<u64>,
+    /// `[layer][slot][lane]`: hits and misses.
+    counters: DeviceBuffer<[u64; 2]>,
     /// `[layer][slot][lane][trace_rows]`.
     trace: DeviceBuffer<u16>,
     workspace: Workspace,
 }
 
 impl BatchShape {
+    /// Rows of an attention block that make one wave of blocks on an H100 (132 processors, four blocks each) of `rows` rows a lane.
+    #[must_use]
+    pub fn block_rows_for(rows: usize, lanes: usize) -> usize {
+        const BLOCKS: usize = 4 * 132;
+        (rows * lanes).div_ceil(BLOCKS).next_multiple_of(64)
+    }
+
     fn lanes(&self) -> usize {
         self.geometry.heads.lanes()
     }
@@ -218,7 +226,7 @@ impl Batch {
             outputs: DeviceBuffer::zeroed(context, values * shape.geometry.head_dim)?,
             lse: DeviceBuffer::zeroed(context, values)?,
             new_rows: DeviceBuffer::zeroed(context, all * shape.lanes() * shape.geometry.row_bytes())?,
-            counters: DeviceBuffer::zeroed(context, shape.slots * 2)?,
+            counters: DeviceBuffer::zeroed(context, all * shape.lanes())?,
             trace: DeviceBuffer::zeroed(context, all * shape.lanes() * shape.trace_rows.unwrap_or(0))?,
             workspace: Workspace::new(gpu, shape)?,
             shape: shape.clone(),
@@ -262,7 +270,7 @@ impl Batch {
             victims: room.victims.address(),
             victim_counts: room.victim_counts.address(),
             partials: room.partials.address(),
-            counters: self.counters.address(),
+            counters: self.counters.address_of(lanes),
             trace: if trace_rows > 0 { self.trace.address_of(lanes * trace_rows) } else { 0 },
             lanes: shape.lanes() as u32,
             max_rows: shape.max_tokens as u32,
@@ -606,15 +614,15 @@ impl Batch {
         Ok(keys)
     }
 
-    /// Hits and misses of a slot since the last call. Waits.
+    /// Hits and misses since the last call, `[layer][slot][lane]`. Waits.
     ///
     /// # Errors
     /// A failed copy.
-    pub fn take_counters(&mut self, slot: usize) -> Result<(u64, u64), CudaError> {
-        let mut counts = [0; 2];
-        self.counters.read(&self.stream, slot * 2, &mut counts)?;
-        self.counters.clear(&self.stream, slot * 2..slot * 2 + 2)?;
-        Ok((counts[0], counts[1]))
+    pub fn take_counters(&mut self) -> Result<Vec<[u64; 2]>, CudaError> {
+        let mut counts = vec![[0; 2]; self.counters.len()];
+        self.counters.read(&self.stream, 0, &mut counts)?;
+        self.counters.clear(&self.stream, 0..counts.len())?;
+        Ok(counts)
     }
 }
 
@@ -643,7 +651,13 @@ impl Workspace {
     fn bytes(&self) -> u64 {
         let words = self.positions.bytes() + self.hot_places.bytes() + self.misses.bytes() + self.victims.bytes();
         let bins = self.histogram.bytes() + self.above.bytes() + self.victim_bins.bytes() + self.victim_counts.bytes();
-        (words + bins + self.weights.bytes() + self.label_lse.bytes() + self.keys.bytes() + self.part_counts.bytes() + self.partials.bytes()) as u64
+        (words
+            + bins
+            + self.weights.bytes()
+            + self.label_lse.bytes()
+            + self.keys.bytes()
+            + self.part_counts.bytes()
+            + self.partials.bytes()) as u64
     }
 }
 

@@ -42,7 +42,9 @@ pub enum CudaError {
         high: u64,
     },
     /// A plane that the device does not see in one piece.
-    #[error("cuda: layer {layer} of segment {segment} lies in pieces that the device does not see side by side; use segments of at most 1 GiB")]
+    #[error(
+        "cuda: layer {layer} of segment {segment} lies in pieces that the device does not see side by side; use segments of at most 1 GiB"
+    )]
     Scattered {
         /// Segment.
         segment: u32,

@@ -121,7 +121,7 @@ pub struct StepJob {
     pub victim_counts: u64,
     /// f32 `[slot][lane][max_blocks][group x (head_dim + 2)]`.
     pub partials: u64,
-    /// u64 `[slot][2]`: hits and misses.
+    /// u64 `[slot][lane][2]`: hits and misses.
     pub counters: u64,
     /// u16 `[slot][lane][trace_rows]`, or zero.
     pub trace: u64,

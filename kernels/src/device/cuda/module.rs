@@ -96,8 +96,7 @@ const HEADERS: [(&str, &str); 4] = [
 
 impl Source {
     /// Every source.
-    pub const ALL: [Self; 7] =
-        [Self::Label, Self::Append, Self::Score, Self::Select, Self::Hot, Self::Attend, Self::Probe];
+    pub const ALL: [Self; 7] = [Self::Label, Self::Append, Self::Score, Self::Select, Self::Hot, Self::Attend, Self::Probe];
 
     /// File name.
     #[must_use]

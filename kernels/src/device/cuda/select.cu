@@ -296,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) compact(const StepJob job)
     const u32 missed = look_up(map, positions, share.first, share.count, places, misses, room);
     if (threadIdx.x == 0) {
         reinterpret_cast<PartCounts*>(job.part_counts)[own_lane * PARTS + part] = {share.first, missed, share.key, last_tie};
-        u64* counters = reinterpret_cast<u64*>(job.counters) + slot * 2;
+        u64* counters = reinterpret_cast<u64*>(job.counters) + own_lane * 2;
         atomicAdd(&counters[0], (u64)(share.count - missed));
         if (missed) atomicAdd(&counters[1], (u64)missed);
     }

@@ -72,7 +72,7 @@ struct StepJob {
     u64 victims;       // u32[slot][lane][max_count]: hot places to be taken
     u64 victim_counts; // u32[slot][lane][2]: places taken of lower bins and of the last one
     u64 partials;      // f32[slot][lane][max_blocks][PARTIAL]
-    u64 counters;      // u64[slot][2]: hits and misses since they were reset
+    u64 counters;      // u64[slot][lane][2]: hits and misses since they were reset
     u64 trace;         // u16[slot][lane][trace_rows]: keys to be selected by instead of the computed ones, row r's for rows r x run and on; or 0
     u32 lanes;
     u32 max_rows;      // multiple of 256
