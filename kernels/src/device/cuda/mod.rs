@@ -9,9 +9,13 @@ pub mod compile;
 pub mod error;
 pub mod jobs;
 pub mod label;
+pub mod many;
 pub mod module;
 pub mod open;
+pub mod staged;
 pub mod step;
+pub mod streamed;
 
 pub use error::{CudaError, Doing};
 pub use open::{Gpu, OpenError};
+pub use staged::Cuda;

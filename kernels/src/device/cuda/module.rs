@@ -1,5 +1,6 @@
 //! Kernels of one shape of rows: sources, the options that specialise them, loaded modules and launches.
 
+use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use cudarc::nvrtc::Ptx;
 use super::compile::{CompileError, Compiler, Program, Target};
 use super::error::{CudaError, Doing};
 use super::open::Gpu;
-use super::{jobs, label};
+use super::{jobs, label, many};
 use crate::device::LayerGeometry;
 use crate::label::LabelPlan;
 use crate::shape::RowType;
@@ -82,6 +83,8 @@ pub enum Source {
     Hot,
     /// Attention over listed rows.
     Attend,
+    /// Exact attention of many queries.
+    Many,
 }
 
 /// What the sources include.
@@ -94,7 +97,7 @@ const HEADERS: [(&str, &str); 4] = [
 
 impl Source {
     /// Every source.
-    pub const ALL: [Self; 6] = [Self::Label, Self::Append, Self::Score, Self::Select, Self::Hot, Self::Attend];
+    pub const ALL: [Self; 7] = [Self::Label, Self::Append, Self::Score, Self::Select, Self::Hot, Self::Attend, Self::Many];
 
     /// File name.
     #[must_use]
@@ -106,6 +109,7 @@ impl Source {
             Self::Select => "select.cu",
             Self::Hot => "hot.cu",
             Self::Attend => "attend.cu",
+            Self::Many => "many.cu",
         }
     }
 
@@ -117,6 +121,7 @@ impl Source {
             Self::Select => include_str!("select.cu"),
             Self::Hot => include_str!("hot.cu"),
             Self::Attend => include_str!("attend.cu"),
+            Self::Many => include_str!("many.cu"),
         }
     }
 
@@ -125,7 +130,7 @@ impl Source {
     pub fn needs_plan(self) -> bool {
         match self {
             Self::Label | Self::Score => true,
-            Self::Append | Self::Select | Self::Hot | Self::Attend => false,
+            Self::Append | Self::Select | Self::Hot | Self::Attend | Self::Many => false,
         }
     }
 
@@ -139,6 +144,7 @@ impl Source {
                 ("PART_COUNTS_BYTES", size_of::<jobs::PartCounts>()),
                 ("STEP_JOB_BYTES", size_of::<jobs::StepJob>()),
             ],
+            Self::Many => vec![("MANY_JOB_BYTES", size_of::<many::ManyLaunch>()), ("MERGE_JOB_BYTES", size_of::<many::MergeLaunch>())],
         }
     }
 
@@ -149,6 +155,9 @@ impl Source {
     pub fn compile(self, compiler: &Compiler, specialisation: &Specialisation, target: Target) -> Result<Vec<u8>, CompileError> {
         let mut options = specialisation.options();
         options.extend(self.job_bytes().into_iter().map(|(name, bytes)| format!("-D{name}={bytes}")));
+        if self == Self::Many {
+            options.extend(many::Tiles::new(specialisation.head_dim, specialisation.row_type, target).options());
+        }
         options.extend(["--std=c++17", "-lineinfo"].map(str::to_owned));
         compiler.compile(&Program { name: self.name(), source: self.text(), headers: &HEADERS, options }, target)
     }
@@ -181,6 +190,42 @@ impl Module {
         let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function.set_attribute(attribute, shared_bytes as i32).doing(name)?;
         Ok(Kernel { name, function, context: Arc::clone(&self.context), shared_bytes })
+    }
+}
+
+/// The modules of a device, each compiled and loaded when it is first asked for.
+pub struct Modules {
+    gpu: Gpu,
+    compiler: Compiler,
+    loaded: HashMap<(Source, Specialisation), Module>,
+}
+
+impl Modules {
+    /// None loaded yet.
+    #[must_use]
+    pub fn new(gpu: Gpu, compiler: Compiler) -> Self {
+        Self { gpu, compiler, loaded: HashMap::new() }
+    }
+
+    /// The device.
+    #[must_use]
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// A source's module for a shape of rows; the plan counts only for sources that read labels.
+    ///
+    /// # Errors
+    /// What the compiler or the driver says.
+    pub fn get(&mut self, source: Source, specialisation: &Specialisation) -> Result<Module, CudaError> {
+        let plan = specialisation.plan.clone().filter(|_| source.needs_plan());
+        let key = (source, Specialisation { plan, ..specialisation.clone() });
+        if let Some(module) = self.loaded.get(&key) {
+            return Ok(module.clone());
+        }
+        let module = Module::load(&self.gpu, &self.compiler, source, &key.1)?;
+        self.loaded.insert(key, module.clone());
+        Ok(module)
     }
 }
 
