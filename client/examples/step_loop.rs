@@ -1,31 +1,40 @@
-//! Decodes tokens directly between two marks that strace shows: `statx` of the files /sluice-mark-begin and /sluice-mark-end.
+//! Decodes tokens directly between marks that strace shows: `statx` of the files /sluice-mark-0, /sluice-mark-1 and so on, one before every
+//! ten tokens and one at the end. Between two tokens it computes on its own for PAUSE_US microseconds, as a model would. It says how long a
+//! token took.
 
 #[path = "../tests/support/mod.rs"]
 mod support;
 
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
-use sluice_client::{AttendMode, Client, Step, StepOut};
+use sluice_client::{Attach, AttendMode, Client, Step, StepOut};
+use sluice_kernels::device::DeviceKind;
 use sluice_kernels::shape::RowType;
 use support::daemon::quick;
 use support::rows::{path_hashes, query_of, rows_of, token_ids};
-use support::{DIRECT, fill, options, plain_shape, register, sparse_settings};
+use support::{fill, options, plain_shape, register, sparse_settings};
 
 const PROMPT: usize = 700;
 const WARM: usize = 100;
 const TOKENS: usize = 200;
+const WINDOW: usize = 10;
 
 fn main() -> ExitCode {
-    let Some(socket) = std::env::args().nth(1) else {
-        eprintln!("usage: step_loop SOCKET");
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let [socket, threads, pause] = words.as_slice() else {
+        eprintln!("usage: step_loop SOCKET THREADS PAUSE_US");
         return ExitCode::FAILURE;
     };
+    let threads: usize = threads.parse().expect("threads");
+    let pause = Duration::from_micros(pause.parse().expect("microseconds"));
     let ids = token_ids(77, PROMPT + WARM + TOKENS);
     let paths = path_hashes(&ids);
     let shape = plain_shape(RowType::F16);
-    let client = Client::connect(&socket, quick()).expect("connect");
+    let client = Client::connect(socket, quick()).expect("connect");
     let model = register(&client, "step loop", &shape);
-    let mut session = client.open(&model, &ids[..PROMPT], &options(DIRECT, sparse_settings())).expect("open");
+    let attach = Attach::Direct { device: DeviceKind::Cpu, threads };
+    let mut session = client.open(&model, &ids[..PROMPT], &options(attach, sparse_settings())).expect("open");
     fill(&mut session, &ids[..PROMPT]);
     // Rows and queries are made beforehand: a worker has them from its model.
     let rows: Vec<Vec<Vec<u8>>> =
@@ -45,9 +54,21 @@ fn main() -> ExitCode {
         }
     };
     (PROMPT..PROMPT + WARM).for_each(&mut decode);
-    let _ = std::fs::metadata("/sluice-mark-begin");
-    (PROMPT + WARM..PROMPT + WARM + TOKENS).for_each(&mut decode);
-    let _ = std::fs::metadata("/sluice-mark-end");
-    println!("{TOKENS} tokens decoded");
+    let mut times = Vec::with_capacity(TOKENS);
+    for index in 0..TOKENS {
+        if index % WINDOW == 0 {
+            let _ = std::fs::metadata(format!("/sluice-mark-{}", index / WINDOW));
+        }
+        let paused = Instant::now();
+        while paused.elapsed() < pause {
+            std::hint::spin_loop();
+        }
+        let begin = Instant::now();
+        decode(PROMPT + WARM + index);
+        times.push(begin.elapsed());
+    }
+    let _ = std::fs::metadata(format!("/sluice-mark-{}", TOKENS / WINDOW));
+    times.sort_unstable();
+    println!("{TOKENS} tokens decoded, {:.1} us a token (median)", times[TOKENS / 2].as_secs_f64() * 1e6);
     ExitCode::SUCCESS
 }

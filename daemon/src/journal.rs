@@ -36,6 +36,9 @@ pub enum JournalError {
     /// The database refused.
     #[error("journal: {0}")]
     Database(String),
+    /// Another daemon has it open.
+    #[error("journal: another daemon uses this arena folder")]
+    InUse,
     /// A record that this build cannot read.
     #[error("journal: {table} {key} cannot be read: {reason}")]
     Record {
@@ -231,7 +234,10 @@ impl Journal {
     /// # Errors
     /// Another daemon has it open, it is damaged, or of another version.
     pub fn open(path: &Path, boot_id: &str) -> Result<Self, JournalError> {
-        let database = Database::builder().set_cache_size(CACHE_BYTES).create(path).map_err(JournalError::database)?;
+        let database = Database::builder().set_cache_size(CACHE_BYTES).create(path).map_err(|error| match error {
+            redb::DatabaseError::DatabaseAlreadyOpen => JournalError::InUse,
+            other => JournalError::database(other),
+        })?;
         let journal = Self { database };
         journal.create_tables()?;
         if let Some(found) = journal.meta("version")?

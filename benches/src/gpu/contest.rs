@@ -20,7 +20,6 @@ use crate::statistics::median;
 const READ_BYTES: usize = 4 << 30;
 /// Steps before those that are timed.
 const WARM_UP: usize = 3;
-const GATHER_BLOCKS: usize = 16;
 /// Steps of a trace before those that are timed, and those that are timed at least.
 const TRACE_WARM_UP: usize = 32;
 const TRACE_ROUNDS: usize = 48;
@@ -30,6 +29,7 @@ pub struct Contest<'a> {
     scene: &'a Scene<'a>,
     trace: Option<&'a KeyTrace>,
     rounds: usize,
+    gather_blocks: usize,
     /// What was found so far.
     pub outcome: Outcome,
 }
@@ -39,7 +39,7 @@ impl<'a> Contest<'a> {
     ///
     /// # Errors
     /// Never so far.
-    pub fn new(scene: &'a Scene<'a>, trace: Option<&'a KeyTrace>, rounds: usize) -> Result<Self> {
+    pub fn new(scene: &'a Scene<'a>, trace: Option<&'a KeyTrace>, rounds: usize, gather_blocks: usize) -> Result<Self> {
         let outcome = Outcome {
             gpu: scene.gpu.name.clone(),
             context_tokens: scene.context,
@@ -49,7 +49,7 @@ impl<'a> Contest<'a> {
             register_s: scene.host.register_s,
             ..Outcome::default()
         };
-        Ok(Self { scene, trace, rounds, outcome })
+        Ok(Self { scene, trace, rounds, gather_blocks, outcome })
     }
 
     /// Runs one section.
@@ -141,7 +141,7 @@ impl<'a> Contest<'a> {
     fn sparse(&self, denominator: u32, pool: f64, plan: LabelPlan) -> SparsePlan {
         let settings = settings(denominator);
         let count = settings.selected_tokens(self.scene.context);
-        SparsePlan { plan, settings, pool: (count as f64 * pool) as usize, gather_blocks: GATHER_BLOCKS, trace_rows: None }
+        SparsePlan { plan, settings, pool: (count as f64 * pool) as usize, gather_blocks: self.gather_blocks, trace_rows: None }
     }
 
     fn small(&self) -> LabelPlan {
@@ -163,7 +163,7 @@ impl<'a> Contest<'a> {
     }
 
     fn time_parts(&mut self, batch: &Batch, name: &str) -> Result<()> {
-        const NAMES: [&str; 6] = ["append", "score", "select", "victims", "gather", "attend"];
+        const NAMES: [&str; 5] = ["score", "select", "victims", "gather", "attend"];
         let mut timer = Timer::new(batch.stream());
         let layers = batch.shape().layers;
         timer.mark()?;

@@ -70,6 +70,9 @@ pub struct GpuOptions {
     /// Steps that are timed of each contestant.
     #[arg(long, default_value_t = 20)]
     rounds: usize,
+    /// Blocks of the gather.
+    #[arg(long, default_value_t = 16)]
+    gather_blocks: usize,
     /// Only these sections; all by default.
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Section>,
@@ -125,7 +128,7 @@ pub fn run(options: &GpuOptions) -> Result<()> {
     let host = HostCache::fill(&gpu, &shape, &generator, context / CHUNK_TOKENS, options.seed, threads)?;
     let scene = Scene { gpu: &gpu, compiler: &compiler, shape: &shape, generator: &generator, host: &host, context };
     let trace = options.trace.as_deref().map(KeyTrace::read).transpose()?;
-    let mut contest = Contest::new(&scene, trace.as_ref(), options.rounds)?;
+    let mut contest = Contest::new(&scene, trace.as_ref(), options.rounds, options.gather_blocks)?;
     let sections = [
         Section::Floors,
         Section::Dense,

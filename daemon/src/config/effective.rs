@@ -137,6 +137,7 @@ impl ConfigFile {
             max_models: limits.models,
             seal_threads: seal.threads,
             seal_poll: Duration::from_micros(seal.poll_microseconds),
+            seal_wait: seconds("seal.wait_seconds", seal.wait_seconds, 0..=3600, "0 to 3600")?,
             lease_poll: Duration::from_millis(seal.lease_poll_milliseconds),
             command_queue: limits.command_queue,
             decode_queue: limits.decode_queue,

@@ -108,6 +108,8 @@ pub struct SealSection {
     pub threads: usize,
     /// Microseconds between looks at the headers of growing sequences. Default: 1000. 50 to 1000000.
     pub poll_microseconds: u64,
+    /// Seconds that an Append waits at most for a chunk to be sealed when the open slots are full. Default: 30. 0 to 3600.
+    pub wait_seconds: u64,
     /// Milliseconds between looks at the processes of leases, beside the notice a pidfd gives. Default: 1000. 10 to 60000.
     pub lease_poll_milliseconds: u64,
 }
@@ -215,7 +217,8 @@ impl Default for SealSection {
     fn default() -> Self {
         let engine = EngineConfig::default();
         let (poll, lease_poll) = (engine.seal_poll.as_micros() as u64, engine.lease_poll.as_millis() as u64);
-        Self { threads: engine.seal_threads, poll_microseconds: poll, lease_poll_milliseconds: lease_poll }
+        let wait_seconds = engine.seal_wait.as_secs();
+        Self { threads: engine.seal_threads, poll_microseconds: poll, wait_seconds, lease_poll_milliseconds: lease_poll }
     }
 }
 

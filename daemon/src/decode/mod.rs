@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 use prost::bytes::Bytes;
 use sluice_kernels::decoder::{Decoder, LaneRows, StepReport};
+use sluice_kernels::shape::ModelShape;
 use tokio::sync::oneshot;
 
 use crate::engine::command::LeaseKey;
@@ -139,7 +140,13 @@ pub fn start(engine: EngineHandle) -> Result<DecodeHandle, EngineError> {
     let device = open_device(&config)?;
     let (sender, receiver) = bounded(config.decode_queue);
     let name = Arc::from(device.name());
-    let mut thread = DecodeThread { decoder: Decoder::new(device), hosts: Hosts::new(engine.clone()), touched: HashMap::new(), engine };
+    let mut thread = DecodeThread {
+        decoder: Decoder::new(device),
+        hosts: Hosts::new(engine.clone()),
+        touched: HashMap::new(),
+        message_bytes_max: config.message_bytes_max,
+        engine,
+    };
     let spawned = std::thread::Builder::new().name("sluice-decode".to_owned()).spawn(move || {
         thread.run(&receiver);
         drop(thread);
@@ -163,6 +170,7 @@ fn open_device(config: &EngineConfig) -> Result<Box<dyn sluice_kernels::device::
 /// State of the thread.
 struct DecodeThread {
     engine: EngineHandle,
+    message_bytes_max: usize,
     decoder: Decoder,
     hosts: Hosts,
     /// When the engine was last told that a lease is used.
@@ -196,7 +204,8 @@ impl DecodeThread {
                 if reply.is_closed() {
                     return;
                 }
-                let results = batch.iter().map(|step| self.step(step)).collect();
+                let mut shape = None;
+                let results = batch.iter().map(|step| self.step(step, &mut shape)).collect();
                 let _ = reply.send(results);
             }
             Work::Truncate(lease, position, reply) => {
@@ -205,14 +214,20 @@ impl DecodeThread {
         }
     }
 
-    fn step(&mut self, step: &StepWork) -> Result<StepDone, DecodeError> {
+    /// Performs a step; `batch` is the shape of the first sequence of its batch, which tells its model.
+    fn step(&mut self, step: &StepWork, batch: &mut Option<Arc<ModelShape>>) -> Result<StepDone, DecodeError> {
         let begin = Instant::now();
         if self.touched.get(&step.lease).is_none_or(|at| at.elapsed() > TOUCH) {
             self.touched.insert(step.lease, begin);
             self.engine.touch(step.lease);
         }
         let sequence = self.hosts.sequence(step.lease)?;
-        let done = work::perform(&mut self.decoder, sequence, step)?;
+        // The engine has one shape for each model.
+        if !Arc::ptr_eq(batch.get_or_insert_with(|| Arc::clone(sequence.shape())), sequence.shape()) {
+            let bound = "sequences of one model";
+            return Err(DecodeError::invalid("steps.lease.sequence_id", step.lease.sequence, bound));
+        }
+        let done = work::perform(&mut self.decoder, sequence, step, self.message_bytes_max)?;
         if step.answer != Answer::Nothing {
             self.count(&done.report, begin.elapsed());
         }

@@ -10,9 +10,20 @@ use crate::decode::{Answer, DecodeError, StepDone, StepWork};
 /// Most query tokens of a step.
 const QUERIES_MAX: usize = 4096;
 
+/// Bytes of a reply beside the rows of its steps.
+const REPLY_BYTES: usize = 1024;
+
 /// Stores the new rows, attends, commits.
-pub(super) fn perform(decoder: &mut Decoder, sequence: &mut Sequence, step: &StepWork) -> Result<StepDone, DecodeError> {
+pub(super) fn perform(
+    decoder: &mut Decoder,
+    sequence: &mut Sequence,
+    step: &StepWork,
+    message_bytes_max: usize,
+) -> Result<StepDone, DecodeError> {
     let count = count_of(sequence, step)?;
+    if step.answer == Answer::Rows {
+        check_answer(sequence, step, message_bytes_max)?;
+    }
     let queries = check(sequence, step, count)?;
     let first = step.first_position as usize;
     if !step.rows.is_empty() {
@@ -25,6 +36,26 @@ pub(super) fn perform(decoder: &mut Decoder, sequence: &mut Sequence, step: &Ste
     // Committed after the step, which has marked how the rows came to be: the engine may seal from here on.
     let committed = sequence.commit() as u64;
     attended.map(|done| StepDone { committed, ..done })
+}
+
+/// Refuses an answer in rows that no message could carry.
+fn check_answer(sequence: &Sequence, step: &StepWork, message_bytes_max: usize) -> Result<(), DecodeError> {
+    let settings = sequence.settings();
+    // Without labels every row is selected. A length beyond the sequence's is refused by its own name later.
+    let rows = |length: usize| {
+        let selected = if sequence.is_calibrated() { settings.selected_tokens(length) } else { settings.horizon(length) };
+        selected + length - settings.horizon(length)
+    };
+    let length = step.first_position.saturating_add(1).min(sequence.written(step.layer) as u64 + 1) as usize;
+    let geometry = sequence.part(step.layer).geometry;
+    let most = message_bytes_max.saturating_sub(REPLY_BYTES);
+    // A position takes up to ten bytes beside its row.
+    let bytes = rows(length).saturating_mul(geometry.heads.lanes()).saturating_mul(geometry.row_bytes() + 10);
+    if bytes > most {
+        let bound = format!("0 to {most} bytes a message: lower settings.budget, or raise limits.message_bytes");
+        return Err(DecodeError::invalid("rows of ANSWER_ROWS", format!("{bytes} bytes"), bound));
+    }
+    Ok(())
 }
 
 fn attend(decoder: &mut Decoder, sequence: &mut Sequence, step: &StepWork, count: usize, queries: &[f32]) -> Result<StepDone, DecodeError> {

@@ -45,6 +45,8 @@ pub struct EngineConfig {
     pub seal_threads: usize,
     /// How often the headers of growing sequences are read.
     pub seal_poll: Duration,
+    /// Longest wait of an Append message for a chunk to be sealed; the client's own deadline comes on top.
+    pub seal_wait: Duration,
     /// How often the processes of leases are looked at, beside the notice that a pidfd gives.
     pub lease_poll: Duration,
     /// Commands that may wait for the engine; a full queue is refused with RESOURCE_EXHAUSTED.
@@ -100,6 +102,7 @@ impl Default for EngineConfig {
             max_models: 64,
             seal_threads: 1,
             seal_poll: Duration::from_millis(1),
+            seal_wait: Duration::from_secs(30),
             lease_poll: Duration::from_secs(1),
             command_queue: 1024,
             decode_queue: 64,

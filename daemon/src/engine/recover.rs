@@ -8,7 +8,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crossbeam::channel::Sender;
 use sluice_kernels::shared::board::Board;
 use sluice_kernels::shared::folder::{open_read_only, open_writable};
 use sluice_kernels::shared::open::{OpenFile, OpenLayout};
@@ -25,24 +24,21 @@ use crate::engine::limbo::{Limbo, Waiting};
 use crate::engine::model::{Folder, Model};
 use crate::engine::sequence::{Lease, SequenceState};
 use crate::engine::spare::Spares;
-use crate::engine::state::Engine;
-use crate::journal::{ChunkRecord, Edit, Journal, SegmentRecord, SequenceRecord, Snapshot};
-use crate::seal::Job;
+use crate::engine::state::{Engine, Queues};
+use crate::journal::{ChunkRecord, Edit, Journal, JournalError, SegmentRecord, SequenceRecord, Snapshot};
 
 impl Engine {
     /// Opens the arena folder and brings the engine to where the journal says it was.
-    pub(crate) fn recover(
-        config: EngineConfig,
-        counters: Arc<Counters>,
-        jobs: Sender<Job>,
-        makers: Sender<Job>,
-    ) -> Result<Self, EngineError> {
+    pub(crate) fn recover(config: EngineConfig, counters: Arc<Counters>, queues: Queues) -> Result<Self, EngineError> {
         config.check()?;
         let folder = Folder(config.arena_dir.clone());
         DirBuilder::new().recursive(true).mode(0o700).create(folder.path()).map_err(|error| {
             EngineError::invalid("arena_dir", format!("{}: {error}", folder.path().display()), "folders that can be created")
         })?;
-        let journal = Journal::open(&folder.journal(), &boot_id())?;
+        let journal = Journal::open(&folder.journal(), &boot_id()).map_err(|error| match error {
+            JournalError::InUse => EngineError::invalid("arena_dir", folder.path().display(), "folders that no running daemon uses"),
+            other => other.into(),
+        })?;
         let snapshot = journal.snapshot()?;
         let mut engine = Self {
             counters,
@@ -60,8 +56,7 @@ impl Engine {
             relabeling: BTreeMap::new(),
             growing: HashMap::new(),
             spares: Spares::default(),
-            jobs,
-            makers,
+            queues,
             next_id: snapshot.next_id,
             reserved_id: snapshot.next_id,
             next_segment: snapshot.next_segment,

@@ -14,7 +14,7 @@ use crate::engine::counters::Counters;
 use crate::engine::error::EngineError;
 use crate::engine::handle::{EngineHandle, EngineState, Keeper};
 use crate::engine::spare;
-use crate::engine::state::{Engine, Outcome, Until};
+use crate::engine::state::{Engine, Outcome, Queues, Until};
 use crate::journal::JournalError;
 use crate::seal::{Job, JobResult, Worker, serve};
 
@@ -46,13 +46,16 @@ pub(super) fn start(config: EngineConfig, counters: Arc<Counters>) -> Result<Eng
     let (job_sender, job_receiver) = bounded(JOB_QUEUE);
     let (maker_sender, maker_receiver) = bounded(JOB_QUEUE);
     let (result_sender, result_receiver) = bounded(JOB_QUEUE);
-    let engine = Engine::recover(config, Arc::clone(&counters), job_sender, maker_sender)?;
+    let (spare_sender, spare_receiver) = bounded(JOB_QUEUE);
+    let queues = Queues { jobs: job_sender, makers: maker_sender, spares: spare_sender };
+    let engine = Engine::recover(config, Arc::clone(&counters), queues)?;
     let config = Arc::clone(&engine.config);
     let mut pool = Vec::new();
     for index in 0..config.seal_threads {
         pool.push(start_worker(&format!("sluice-seal-{index}"), &config, &counters, &job_receiver, &result_sender)?);
     }
     pool.push(start_worker("sluice-maker", &config, &counters, &maker_receiver, &result_sender)?);
+    pool.push(start_worker(spare::THREAD, &config, &counters, &spare_receiver, &result_sender)?);
     let (commands, command_receiver) = bounded(config.command_queue);
     let (state_sender, state) = watch::channel(EngineState::Ready);
     let boot_epoch = engine.boot_epoch;
@@ -83,7 +86,13 @@ fn start_worker(
     let device = sluice_kernels::device::open(kind, 1).map_err(|error| EngineError::Internal(error.to_string()))?;
     let worker = Worker { device, counters: Arc::clone(counters), scratch: Vec::new() };
     let (jobs, results) = (jobs.clone(), results.clone());
-    spawn(name, move || serve(worker, &jobs, &results))
+    let is_spare = name == spare::THREAD;
+    spawn(name, move || {
+        if is_spare {
+            spare::step_back();
+        }
+        serve(worker, &jobs, &results);
+    })
 }
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, EngineError> {

@@ -1,4 +1,4 @@
-//! Spare files of open slots: allocated ahead by the maker thread, so that an Open or a fork does not wait until its memory is zeroed.
+//! Spare files of open slots: allocated ahead by a thread of low priority, so that an Open or a fork does not wait until its memory is zeroed.
 //!
 //! A spare is nothing but zeros: whichever sequence takes it renames it and writes the header. The journal knows none of them; a daemon that
 //! stops deletes them, and what a killed one leaves is deleted at the next start.
@@ -14,6 +14,17 @@ use crate::engine::error::EngineError;
 use crate::engine::model::Folder;
 use crate::engine::state::Engine;
 use crate::seal::{Job, SpareJob};
+
+/// Name of the thread that makes spares.
+pub(crate) const THREAD: &str = "sluice-spares";
+
+/// Lets every other thread go first: an Open that finds no spare makes its own file, so nothing waits for this thread, and zeroing memory
+/// beside an Open would only slow that down.
+pub(crate) fn step_back() {
+    if let Err(error) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), 19) {
+        tracing::debug!(%error, "the thread of spare files keeps its priority");
+    }
+}
 
 /// A file that waits for its sequence.
 #[derive(Debug)]
@@ -91,7 +102,7 @@ impl Engine {
         }
     }
 
-    /// Takes up a spare that the maker thread has made.
+    /// Takes up a spare that its thread has made.
     pub(crate) fn spare_made(&mut self, job: SpareJob, made: Result<(), SharedError>) {
         if let Some(at) = self.spares.making.iter().position(|&bytes| bytes == job.bytes) {
             self.spares.making.swap_remove(at);

@@ -53,6 +53,16 @@ pub(crate) struct Ticket {
     pub(crate) expires: Instant,
 }
 
+/// Ways to the threads of the pool.
+pub(crate) struct Queues {
+    /// Seals, checks and labels.
+    pub(crate) jobs: Sender<Job>,
+    /// Segments.
+    pub(crate) makers: Sender<Job>,
+    /// Spare files.
+    pub(crate) spares: Sender<Job>,
+}
+
 /// All state of the daemon but the rows.
 pub(crate) struct Engine {
     pub(crate) config: Arc<EngineConfig>,
@@ -75,8 +85,7 @@ pub(crate) struct Engine {
     pub(crate) growing: HashMap<(u64, SlotClass), u64>,
     /// Files of open slots made ahead.
     pub(crate) spares: Spares,
-    pub(crate) jobs: Sender<Job>,
-    pub(crate) makers: Sender<Job>,
+    pub(crate) queues: Queues,
     pub(crate) next_id: u64,
     pub(crate) reserved_id: u64,
     pub(crate) next_segment: u32,
@@ -180,8 +189,12 @@ impl Engine {
 
     fn start_jobs(&mut self) {
         while let Some(job) = self.planned.pop_front() {
-            // Files are made by a thread of their own, so that sealing goes on meanwhile.
-            let queue = if matches!(job, Job::Segment(_) | Job::Spare(_)) { &self.makers } else { &self.jobs };
+            // Files are made by threads of their own, so that sealing goes on meanwhile.
+            let queue = match job {
+                Job::Segment(_) => &self.queues.makers,
+                Job::Spare(_) => &self.queues.spares,
+                Job::Seal(_) | Job::Verify(_) | Job::Relabel(_) => &self.queues.jobs,
+            };
             if let Err(TrySendError::Full(job)) = queue.try_send(job) {
                 self.planned.push_front(job);
                 return;

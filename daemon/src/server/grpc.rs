@@ -63,8 +63,8 @@ pub(super) fn start(
 
 impl Grpc {
     /// Lets requests through to the engine.
-    pub(super) fn open(&self, engine: &EngineHandle, limits: &GrpcLimits) {
-        let service = SluiceServer::new(SluiceService::new(engine.clone()));
+    pub(super) fn open(&self, engine: &EngineHandle, limits: &GrpcLimits, stage: &StageBoard) {
+        let service = SluiceServer::new(SluiceService::new(engine.clone(), stage.watch()));
         let service = service.max_decoding_message_size(limits.message_bytes).max_encoding_message_size(limits.message_bytes);
         self.gate.open(service);
     }

@@ -159,7 +159,7 @@ async fn live(config: Config, announce: impl FnOnce(&Reachable)) -> Result<(), S
             return Ok(());
         }
     };
-    grpc.open(&engine, &config.grpc);
+    grpc.open(&engine, &config.grpc, &stage);
     stage.set(Stage::Ready).await;
     info!(?reachable, "serving");
     announce(&reachable);
@@ -182,6 +182,7 @@ async fn live(config: Config, announce: impl FnOnce(&Reachable)) -> Result<(), S
 async fn stop(engine: &EngineHandle, stage: &StageBoard, mut endpoints: JoinSet<()>, drain: Duration) {
     info!(drain_seconds = drain.as_secs(), "draining; one more signal exits at once");
     stage.set(Stage::Draining).await;
+    stage.end_watches().await;
     let drained = async { while endpoints.join_next().await.is_some() {} };
     if tokio::time::timeout(drain, drained).await.is_err() {
         warn!("streams were still open at the end of limits.drain_seconds; they are cut");

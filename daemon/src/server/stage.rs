@@ -61,6 +61,13 @@ impl StageBoard {
         self.sender.send_replace(stage);
     }
 
+    /// Ends the streams of those who watch health, after they have been told the last status: they would hold up a drain.
+    pub(super) async fn end_watches(&self) {
+        let mut reporter = self.reporter.clone();
+        reporter.clear_service_status("").await;
+        reporter.clear_service_status(SERVICE_NAME).await;
+    }
+
     /// Changes from now on.
     pub(super) fn watch(&self) -> watch::Receiver<Stage> {
         self.sender.subscribe()

@@ -5,6 +5,7 @@ mod streams;
 
 use sluice_proto::v1;
 use sluice_proto::v1::sluice_server::Sluice;
+use tokio::sync::watch;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::UdsConnectInfo;
 use tonic::{Request, Response, Status, Streaming};
@@ -12,19 +13,21 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::engine::command::{Attach, Opened, Peer};
 use crate::engine::counters::Refusal;
 use crate::engine::{EngineError, EngineHandle};
+use crate::server::Stage;
 
 /// The service.
 #[derive(Clone, Debug)]
 pub struct SluiceService {
     engine: EngineHandle,
     started: std::time::Instant,
+    stage: watch::Receiver<Stage>,
 }
 
 impl SluiceService {
-    /// A service over an engine. Limits are the engine's and the server's.
+    /// A service over an engine. Limits are the engine's and the server's; streams that idle end when `stage` says that the daemon stops.
     #[must_use]
-    pub fn new(engine: EngineHandle) -> Self {
-        Self { engine, started: std::time::Instant::now() }
+    pub fn new(engine: EngineHandle, stage: watch::Receiver<Stage>) -> Self {
+        Self { engine, started: std::time::Instant::now(), stage }
     }
 
     /// Counts a refusal of the service itself; the engine counts its own.
@@ -97,7 +100,7 @@ impl Sluice for SluiceService {
     }
 
     async fn decode(&self, request: Request<Streaming<v1::DecodeRequest>>) -> Result<Response<Self::DecodeStream>, Status> {
-        Ok(Response::new(streams::decode(self.engine.clone(), request.into_inner())))
+        Ok(Response::new(streams::decode(self.engine.clone(), request.into_inner(), self.stage.clone())))
     }
 
     async fn fork(&self, request: Request<v1::ForkRequest>) -> Result<Response<v1::OpenResponse>, Status> {

@@ -4,19 +4,20 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use sluice_proto::v1;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
 use crate::decode::{Answer, DecodeError, StepDone, StepWork};
 use crate::engine::command::LeaseKey;
 use crate::engine::{EngineError, EngineHandle};
+use crate::server::Stage;
 use crate::service::{convert, refuse};
 
 /// Replies that a client may leave unread before its requests are no longer read.
 const REPLIES_UNREAD: usize = 4;
-/// Longest wait of an Append for a chunk to be sealed; the client's own deadline comes on top.
-const SEAL_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a stream must have been silent to count as idle when the daemon stops.
+const IDLE: Duration = Duration::from_millis(200);
 
 /// `Append`: stores rows in the order of the messages; waits while the open slots are full.
 pub(super) async fn append(engine: &EngineHandle, mut requests: Streaming<v1::AppendRequest>) -> Result<v1::AppendResponse, Status> {
@@ -43,12 +44,12 @@ pub(super) async fn append(engine: &EngineHandle, mut requests: Streaming<v1::Ap
 }
 
 async fn store(engine: &EngineHandle, work: StepWork) -> Result<StepDone, Status> {
-    let begin = Instant::now();
+    let (begin, patience) = (Instant::now(), engine.config().seal_wait);
     loop {
         let mut results = engine.decoder()?.steps(vec![work.clone()]).await?;
         match results.pop() {
             Some(Ok(done)) => return Ok(done),
-            Some(Err(error)) if error.is_full() && begin.elapsed() < SEAL_PATIENCE => tokio::time::sleep(Duration::from_millis(1)).await,
+            Some(Err(error)) if error.is_full() && begin.elapsed() < patience => tokio::time::sleep(Duration::from_millis(1)).await,
             Some(Err(error)) => {
                 engine.counters().refused(error.refusal()).add(1);
                 return Err(error.into());
@@ -62,6 +63,7 @@ async fn store(engine: &EngineHandle, work: StepWork) -> Result<StepDone, Status
 pub(super) fn decode(
     engine: EngineHandle,
     mut requests: Streaming<v1::DecodeRequest>,
+    mut stage: watch::Receiver<Stage>,
 ) -> ReceiverStream<Result<v1::DecodeResponse, Status>> {
     let (sender, receiver) = mpsc::channel(REPLIES_UNREAD);
     tokio::spawn(async move {
@@ -69,6 +71,7 @@ pub(super) fn decode(
             let request = tokio::select! {
                 request = requests.message() => request,
                 () = sender.closed() => return,
+                () = idle_at_drain(&mut stage) => Err(Status::unavailable("the daemon is stopping; the stream was idle")),
             };
             let reply = match request {
                 Ok(Some(request)) => Ok(answer(&engine, request).await),
@@ -82,6 +85,13 @@ pub(super) fn decode(
         }
     });
     ReceiverStream::new(receiver)
+}
+
+/// Returns when the daemon is stopping and nothing has come for a while since.
+async fn idle_at_drain(stage: &mut watch::Receiver<Stage>) {
+    // An error means that the daemon is gone altogether.
+    let _ = stage.wait_for(|stage| matches!(stage, Stage::Draining | Stage::Stopped)).await.map(drop);
+    tokio::time::sleep(IDLE).await;
 }
 
 async fn answer(engine: &EngineHandle, request: v1::DecodeRequest) -> v1::DecodeResponse {

@@ -5,9 +5,12 @@ use std::time::{Duration, Instant};
 
 use crate::support::{Daemon, PATIENCE, Place};
 use sluice_kernels::label::{Calibration, LabelPlan, LaneCalibration, LayerCalibration};
+use sluice_kernels::shape::{LaneKind, LayerShape, ModelShape, RowType as RowTypeOfRows};
+use sluice_kernels::shared::open::{OpenLayout, OpenSlots};
+use sluice_kernels::slot::SlotClass;
 use sluice_proto::v1::sluice_client::SluiceClient;
 use sluice_proto::v1::{
-    Answer, AppendRequest, AttentionKind, Budget, CloseRequest, DecodeRequest, LayerSpec, LeaseRef, ModelSpec, OpenRequest,
+    Answer, AppendRequest, AttachRequest, AttentionKind, Budget, CloseRequest, DecodeRequest, LayerSpec, LeaseRef, ModelSpec, OpenRequest,
     RegisterModelRequest, RotaryLayout, RowType, SequenceStep, StepSettings,
 };
 use tokio_stream::StreamExt as _;
@@ -319,4 +322,94 @@ async fn a_dead_holder_is_counted_and_its_sequence_parked() {
     reaches(&daemon, "sluice_dead_leases_total", 1.0).await;
     reaches(&daemon, "sluice_sequences{state=\"held\"}", 0.0).await;
     reaches(&daemon, "sluice_sequences{state=\"parked\"}", 1.0).await;
+}
+
+/// The open slots of a sequence as one of its workers maps them; `writer` 1 and up are nobody's in these tests.
+fn open_slots(place: &Place, sequence: u64, shape: &ModelShape, writer: usize) -> OpenSlots {
+    let path = place.arena().join(format!("open-{sequence}"));
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).expect("open slots");
+    OpenSlots::map(&file, OpenLayout::new(shape, 4).expect("a layout"), writer).expect("mapped")
+}
+
+fn shape(kinds: [LaneKind; LAYERS]) -> ModelShape {
+    let layer = |kind| LayerShape {
+        kind,
+        query_heads: QUERY_HEADS as u16,
+        kv_heads: LANES as u16,
+        head_dim: HEAD_DIM as u16,
+        softmax_scale: 0.125,
+    };
+    ModelShape { row_type: RowTypeOfRows::F32, layers: kinds.map(layer).to_vec() }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn direct_leases_and_chunks_that_cannot_be_sealed_are_counted() {
+    let place = Place::new();
+    let (daemon, mut client, model) = start(&place).await;
+    let tokens: Vec<u32> = (0..CHUNK as u32 - 1).collect();
+    let lease = open(&mut client, model, &tokens).await;
+    append(&mut client, lease, &tokens).await;
+    // Its worker writes rows that are not numbers behind the daemon's back, and commits them.
+    let shape = shape([LaneKind::Selected; LAYERS]);
+    let slots = open_slots(&place, lease.sequence_id, &shape, 0);
+    let class = slots.layout().class(SlotClass::Selected).clone();
+    slots.write_rows(SlotClass::Selected, &class.planes[1], 0, 0, CHUNK - 1, &f32::NAN.to_le_bytes().repeat(2 * HEAD_DIM));
+    reaches(&daemon, "sluice_refused_chunks_total", 0.0).await;
+    slots.set_committed(CHUNK as u64);
+    reaches(&daemon, "sluice_refused_chunks_total", 1.0).await;
+    close(&mut client, lease).await;
+
+    let lease = open(&mut client, model, &[]).await;
+    reaches(&daemon, "sluice_leases{attach=\"direct\"}", 0.0).await;
+    client.attach(AttachRequest { lease: Some(lease), ..AttachRequest::default() }).await.expect("a ticket");
+    reaches(&daemon, "sluice_leases{attach=\"direct\"}", 1.0).await;
+    close(&mut client, lease).await;
+    reaches(&daemon, "sluice_leases{attach=\"direct\"}", 0.0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn slots_in_limbo_are_counted_until_the_step_is_over() {
+    let place = Place::new();
+    let (daemon, mut client, _) = start(&place).await;
+    let mut request = registration(AttentionKind::MhaGqa);
+    request.calibration_json = Vec::new().into();
+    let spec = request.model.as_mut().expect("a model");
+    spec.name = "windowed".to_owned();
+    spec.layers[1].window_tokens = 300;
+    let model = client.register_model(request).await.expect("registered").into_inner().model_id;
+    let lease = open(&mut client, model, &[]).await;
+    let shape = shape([LaneKind::Selected, LaneKind::Window { tokens: 300 }]);
+    let slots = open_slots(&place, lease.sequence_id, &shape, 1);
+    slots.start_step();
+    // A window of 300 tokens and a run of four open slots need the last six of twelve chunks.
+    append(&mut client, lease, &(0..12 * CHUNK as u32).collect::<Vec<u32>>()).await;
+    reaches(&daemon, "sluice_limbo_slots", 6.0).await;
+    slots.complete_step();
+    reaches(&daemon, "sluice_limbo_slots", 0.0).await;
+    close(&mut client, lease).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn damaged_chunks_and_files_made_ahead_are_counted() {
+    let place = Place::new();
+    let (mut daemon, mut client, model) = start(&place).await;
+    reaches(&daemon, "sluice_memory_bytes{kind=\"spare_slots\"}", 0.0).await;
+    let tokens: Vec<u32> = (0..4 * CHUNK as u32).collect();
+    let lease = open(&mut client, model, &tokens).await;
+    exceeds(&daemon, "sluice_memory_bytes{kind=\"spare_slots\"}", 4.0 * CHUNK_BYTES as f64).await;
+    append(&mut client, lease, &tokens).await;
+    close(&mut client, lease).await;
+    daemon.signal(rustix::process::Signal::KILL);
+    daemon.ended();
+    let rows = place.arena().join("seg-0.rows");
+    let mut bytes = std::fs::read(&rows).expect("rows");
+    bytes[100] ^= 1;
+    std::fs::write(&rows, bytes).expect("written");
+
+    let daemon = place.serve(&["--set", ARENA, "--set", "arena.segment_bytes=1MiB"]);
+    let mut client = SluiceClient::new(daemon.channel().await);
+    reaches(&daemon, "sluice_quarantined_chunks_total", 0.0).await;
+    let again = client.open(open_request(model, &tokens)).await.expect("opened").into_inner();
+    assert_eq!(again.matched_tokens, 0, "the first chunk is damaged");
+    reaches(&daemon, "sluice_quarantined_chunks_total", 1.0).await;
 }

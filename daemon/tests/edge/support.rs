@@ -29,6 +29,10 @@ impl Place {
         self.folder.path().join("run/sluice.sock")
     }
 
+    pub(crate) fn arena(&self) -> PathBuf {
+        self.folder.path().join("arena")
+    }
+
     /// `sluice serve` here, with a small arena; `more` flags win.
     pub(crate) fn command(&self, more: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sluice"));

@@ -2,9 +2,9 @@
 
 use crate::support::{append_work, check_rows, config, open, open_request, peer, register, registration, send, shape, start, tokens};
 use sluice_daemon::decode::{Answer, StepWork};
-use sluice_daemon::engine::command::{Attach, Fork, LeaseKey, Peer};
+use sluice_daemon::engine::command::{Attach, Fork, LeaseKey, Peer, RegisterModel};
 use sluice_daemon::engine::counters::Refusal;
-use sluice_daemon::engine::{EngineError, EngineHandle};
+use sluice_daemon::engine::{EngineConfig, EngineError, EngineHandle};
 use sluice_kernels::budget::{Budget, Settings};
 
 struct Case {
@@ -236,4 +236,41 @@ async fn a_poisoned_engine_answers_with_one_clear_code() {
         },
     ];
     check(cases);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_is_of_one_model_and_rows_fit_a_message() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let engine = start(EngineConfig { message_bytes_max: 100 << 10, ..config(folder.path()) });
+    let shape = shape(None);
+    let model = register(&engine, &shape).await;
+    let other = engine.register_model(RegisterModel { name: "other".to_owned(), ..registration(&shape) }).await.expect("registered").model;
+    let prompt = tokens(300, 1);
+    let mut leases = Vec::new();
+    for model in [model, other, model] {
+        let opened = open(&engine, model, &prompt).await;
+        crate::support::append(&engine, opened.lease, &shape, &prompt, opened.matched_tokens as usize).await;
+        leases.push(opened.lease);
+    }
+    let ask = |lease, answer, position| StepWork {
+        lease,
+        layer: 0,
+        answer,
+        first_position: position,
+        count: Some(1),
+        queries: vec![0; 4 * 64 * 4].into(),
+        rows: Vec::new().into(),
+        token_ids: Vec::new(),
+    };
+    let batch = leases.iter().map(|&lease| ask(lease, Answer::Sparse, 299)).collect();
+    let results = engine.decoder().expect("a decoder").steps(batch).await.expect("answered");
+    let refused: Vec<String> = results.into_iter().map(|result| result.map_or_else(|error| error.to_string(), |_| String::new())).collect();
+    let expected = format!("steps.lease.sequence_id: {} is outside sequences of one model", leases[1].sequence);
+    assert_eq!(refused, [String::new(), expected, String::new()]);
+
+    // Without a calibration all rows are selected: two lanes of 256 bytes and a position.
+    send(&engine, ask(leases[0], Answer::Rows, 189)).await.expect("190 rows of two lanes fit into 100 KiB");
+    let result = send(&engine, ask(leases[0], Answer::Rows, 199)).await.map(|_| ()).map_err(|error| (error.refusal(), error.to_string()));
+    let says = &["rows of ANSWER_ROWS", "106400 bytes", "101376 bytes a message", "limits.message_bytes"];
+    check(vec![Case { what: "rows over the limit", says, refusal: Refusal::InvalidArgument, result }]);
 }

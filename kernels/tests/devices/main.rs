@@ -3,6 +3,7 @@
 mod attend;
 mod batch;
 mod calibrator;
+mod cuda;
 mod data;
 mod hot;
 mod kind;

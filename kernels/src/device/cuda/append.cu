@@ -1,25 +1,13 @@
-// The newest row of every sequence: to its place among the rows from the horizon on, and across the link to its open slot on the host.
-#include "types.cuh"
+// Appends the newest row of every sequence, for steps that score no labels: the sample kernel of score.cu does it for the others.
+#include "append.cuh"
 
 constexpr u32 THREADS = 128;
 
 extern "C" __global__ void __launch_bounds__(THREADS) append(const StepJob job) {
+    enter_stream();
     const u32 lane = blockIdx.y, slot = blockIdx.z;
     const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
-    if (sequence.length == 0) return;
     const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
-    const u32 row = sequence.length - 1, chunk = row / CHUNK_TOKENS;
-    const u64 in_page = ((u64)lane * CHUNK_TOKENS + row % CHUNK_TOKENS) * ROW_BYTES;
-    const uint4* from = reinterpret_cast<const uint4*>(job.new_rows + (u64)(slot * job.lanes + lane) * ROW_BYTES);
-    uint4* tail = reinterpret_cast<uint4*>(place.tail + chunk % place.tail_chunks * job.page_bytes + in_page);
-    uint4* host = nullptr;
-    if (sequence.append_to != NOBODY) {
-        const u64 plane = reinterpret_cast<const u64*>(job.planes)[sequence.append_to >> 16];
-        host = reinterpret_cast<uint4*>(plane + (sequence.append_to & 0xFFFFu) * job.page_bytes + in_page);
-    }
-    for (u32 piece = threadIdx.x; piece < ROW_BYTES / 16; piece += THREADS) {
-        const uint4 data = from[piece];
-        tail[piece] = data;
-        if (host) host[piece] = data;
-    }
+    if (sequence.length == 0) return;
+    append_row(job, sequence, place, slot, lane);
 }

@@ -292,11 +292,15 @@ __device__ __forceinline__ void attend_entries(const StepJob& job, const List& l
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) attend(const StepJob job) {
+// Four blocks fit a processor where rows are short enough.
+constexpr u32 AT_LEAST = HEAD_DIM <= 128 && GROUP <= 8 ? 4 : 1;
+
+extern "C" __global__ void __launch_bounds__(THREADS, AT_LEAST) attend(const StepJob job) {
+    enter_stream();
     const u32 lane = blockIdx.y, slot = blockIdx.z;
     const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
-    if (sequence.length == 0) return;
     const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
+    if (sequence.length == 0) return;
     const List list = list_of(job, sequence, place, slot, lane);
     const u32 begin = blockIdx.x * job.block_rows, end = min(list.entries, begin + job.block_rows);
     if (begin >= end) return;
@@ -304,47 +308,58 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(const StepJob job) 
     attend_entries(job, list, slot, lane, begin, end, partial);
 }
 
-// A block joins the partials of one query head: a part of the blocks by each group of HEAD_DIM threads, then the groups in order.
+// A block joins the partials of one query head: each warp every so many blocks' ones, then the warps in their order.
 extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge(const StepJob job) {
-    constexpr u32 TEAMS = MERGE_THREADS / HEAD_DIM;
-    __shared__ float team_values[TEAMS][HEAD_DIM], team_sum[TEAMS], shared_largest[MERGE_THREADS / 32];
+    constexpr u32 TEAMS = MERGE_THREADS / 32, OWN = HEAD_DIM / 32, AT_ONCE = 4;
+    __shared__ float team_values[TEAMS][HEAD_DIM], team_largest[TEAMS], team_sum[TEAMS];
+    enter_stream();
     const u32 head = blockIdx.x, lane = blockIdx.y, slot = blockIdx.z;
     const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
     if (sequence.length == 0) return;
     const u32 entries = sequence.count + sequence.length - sequence.chunks * CHUNK_TOKENS;
     const u32 blocks = (entries + job.block_rows - 1) / job.block_rows;
     const float* partials = reinterpret_cast<const float*>(job.partials) + (u64)(slot * job.lanes + lane) * job.max_blocks * PARTIAL;
+    const u32 team = threadIdx.x / 32, thread = threadIdx.x % 32;
+    float values[OWN] = {}, sum = 0.0f, largest = LOWEST;
+    for (u32 first = team; first < blocks; first += TEAMS * AT_ONCE) {
+        // All loads of a round are under way before the first is used.
+        float next_largest[AT_ONCE], next_sum[AT_ONCE], next[AT_ONCE][OWN];
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; i++) {
+            const u32 block = first + i * TEAMS;
+            const float* partial = partials + (u64)min(block, blocks - 1) * PARTIAL;
+            next_largest[i] = block < blocks ? partial[head] : LOWEST;
+            next_sum[i] = partial[GROUP + head];
+#pragma unroll
+            for (u32 j = 0; j < OWN; j++) next[i][j] = partial[2 * GROUP + head * HEAD_DIM + j * 32 + thread];
+        }
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; i++) {
+            const float now = fmaxf(largest, next_largest[i]);
+            const float keep = exp2_fast(largest - now), share = first + i * TEAMS < blocks ? exp2_fast(next_largest[i] - now) : 0.0f;
+            largest = now;
+            sum = sum * keep + next_sum[i] * share;
+#pragma unroll
+            for (u32 j = 0; j < OWN; j++) values[j] = values[j] * keep + next[i][j] * share;
+        }
+    }
+    if (thread == 0) team_largest[team] = largest, team_sum[team] = sum;
+#pragma unroll
+    for (u32 j = 0; j < OWN; j++) team_values[team][j * 32 + thread] = values[j];
+    __syncthreads();
+    if (threadIdx.x >= HEAD_DIM) return;
+    largest = team_largest[0];
+#pragma unroll
+    for (u32 other = 1; other < TEAMS; other++) largest = fmaxf(largest, team_largest[other]);
+    float value = 0.0f;
+    sum = 0.0f;
+#pragma unroll
+    for (u32 other = 0; other < TEAMS; other++) {
+        const float share = exp2_fast(team_largest[other] - largest);
+        sum += team_sum[other] * share;
+        value += team_values[other][threadIdx.x] * share;
+    }
     const u64 query_head = (u64)(slot * job.lanes + lane) * GROUP + head;
-    float* output = reinterpret_cast<float*>(job.output) + query_head * HEAD_DIM;
-    float largest = LOWEST;
-    for (u32 block = threadIdx.x; block < blocks; block += MERGE_THREADS) largest = fmaxf(largest, partials[(u64)block * PARTIAL + head]);
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, step));
-    if (threadIdx.x % 32 == 0) shared_largest[threadIdx.x / 32] = largest;
-    __syncthreads();
-    for (u32 warp = 0; warp < MERGE_THREADS / 32; warp++) largest = fmaxf(largest, shared_largest[warp]);
-    const u32 team = threadIdx.x / HEAD_DIM, channel = threadIdx.x % HEAD_DIM;
-    if (team < TEAMS) {
-        float value = 0.0f, sum = 0.0f;
-#pragma unroll 4
-        for (u32 block = team; block < blocks; block += TEAMS) {
-            const float* partial = partials + (u64)block * PARTIAL;
-            const float share = exp2_fast(partial[head] - largest);
-            sum += partial[GROUP + head] * share;
-            value += partial[2 * GROUP + head * HEAD_DIM + channel] * share;
-        }
-        team_values[team][channel] = value;
-        if (channel == 0) team_sum[team] = sum;
-    }
-    __syncthreads();
-    if (team == 0) {
-        float value = 0.0f, sum = 0.0f;
-#pragma unroll
-        for (u32 other = 0; other < TEAMS; other++) value += team_values[other][channel], sum += team_sum[other];
-        output[channel] = blocks ? value / sum : 0.0f;
-        if (channel == 0) {
-            const float infinite = minus_infinity();
-            reinterpret_cast<float*>(job.lse)[query_head] = blocks ? (largest + log2f(sum)) * 0.6931471805599453f : infinite;
-        }
-    }
+    reinterpret_cast<float*>(job.output)[query_head * HEAD_DIM + threadIdx.x] = blocks ? value / sum : 0.0f;
+    if (threadIdx.x == 0) reinterpret_cast<float*>(job.lse)[query_head] = blocks ? (largest + log2f(sum)) * 0.6931471805599453f : minus_infinity();
 }

@@ -13,7 +13,7 @@ use super::buffer::{DeviceBuffer, PinnedBuffer};
 use super::compile::Compiler;
 use super::error::{CudaError, Doing};
 use super::host::HostRows;
-use super::jobs::{BINS, COLD, LayerPlace, NOBODY, PARTS, PartCounts, REFINED, SAMPLE_PARTS, SequenceState, StepJob};
+use super::jobs::{BINS, COLD, LayerPlace, NOBODY, PARTS, PartCounts, REFINED, SAMPLE_PARTS, SequenceState, StepJob, VictimCounts};
 use super::label::Labeller;
 use super::module::Specialisation;
 use super::open::Gpu;
@@ -111,7 +111,7 @@ struct Workspace {
     part_counts: DeviceBuffer<PartCounts>,
     victim_bins: DeviceBuffer<u32>,
     victims: DeviceBuffer<u32>,
-    victim_counts: DeviceBuffer<u32>,
+    victim_counts: DeviceBuffer<VictimCounts>,
     partials: DeviceBuffer<f32>,
 }
 
@@ -534,7 +534,7 @@ impl Batch {
         }
     }
 
-    /// Enqueues one part of one layer of a sparse step: 0 append, 1 score, 2 select, 3 victims, 4 gather, 5 attend. For benches that time
+    /// Enqueues one part of one layer of a sparse step: 0 score, 1 select, 2 victims, 3 gather, 4 attend. For benches that time
     /// them one by one.
     ///
     /// # Errors
@@ -544,11 +544,10 @@ impl Batch {
         // SAFETY: as above.
         unsafe {
             match part {
-                0 => self.kernels.append(stream, grid, job),
-                1 => self.kernels.score(stream, grid, job),
-                2 => self.kernels.select(stream, grid, job),
-                3 => self.kernels.pick_victims(stream, grid, job),
-                4 => self.kernels.gather(stream, grid, job),
+                0 => self.kernels.score(stream, grid, job),
+                1 => self.kernels.select(stream, grid, job),
+                2 => self.kernels.pick_victims(stream, grid, job),
+                3 => self.kernels.gather(stream, grid, job),
                 _ => self.kernels.attend(stream, grid, job),
             }
         }
@@ -643,7 +642,7 @@ impl Workspace {
             part_counts: DeviceBuffer::zeroed(context, lanes * PARTS)?,
             victim_bins: DeviceBuffer::zeroed(context, lanes * BINS)?,
             victims: DeviceBuffer::zeroed(context, listed)?,
-            victim_counts: DeviceBuffer::zeroed(context, lanes * 2)?,
+            victim_counts: DeviceBuffer::zeroed(context, lanes)?,
             partials: DeviceBuffer::zeroed(context, lanes * shape.attend_blocks() * group * (shape.geometry.head_dim + 2))?,
         })
     }

@@ -219,6 +219,21 @@ impl<T: Pod> DeviceBuffer<T> {
         Ok(())
     }
 
+    /// Enqueues `value` into the elements of `range`. Elements have four bytes.
+    ///
+    /// # Errors
+    /// A call that the driver refuses.
+    pub fn set(&mut self, stream: &CudaStream, range: Range<usize>, value: T) -> Result<(), CudaError> {
+        let to = self.checked(range.start, range.len());
+        self.context.bind_to_thread().doing("entering the context")?;
+        if !range.is_empty() {
+            let bits: u32 = bytemuck::cast(value);
+            // SAFETY: the range lies in the buffer, whose elements have four bytes (the cast has made sure).
+            unsafe { sys::cuMemsetD32Async(to, bits, range.len(), stream.cu_stream()) }.result().doing("setting device memory")?;
+        }
+        Ok(())
+    }
+
     fn checked(&self, first: usize, len: usize) -> u64 {
         assert!(first <= self.len && len <= self.len - first, "elements {first}..{first}+{len} of {}", self.len);
         self.address_of(first)

@@ -80,7 +80,7 @@ __device__ __forceinline__ float minus_infinity() {
 // Sixteen bytes past the caches of this multiprocessor: what is read once.
 __device__ __forceinline__ uint4 load_16_once(const void *from) {
     uint4 x;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
     return x;
 }
 
@@ -103,4 +103,13 @@ __device__ __forceinline__ void end_copy_group() {
 template <int PENDING>
 __device__ __forceinline__ void wait_copy_groups() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Lets the next kernel of the stream take its place while this one runs, and waits for the kernels before this one. Nothing that they wrote
+// may be read earlier. Launches that do not overlap pass here without a pause.
+__device__ __forceinline__ void enter_stream() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }

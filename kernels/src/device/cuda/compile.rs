@@ -242,7 +242,10 @@ impl Nvrtc {
             // SAFETY: the name is NVRTC's, or was given by the user as its path; its initialisers have no preconditions.
             match unsafe { Library::new(name) } {
                 Ok(library) => return Self::with_library(name.clone(), library),
-                Err(error) => reason = reason.or(Some(error.to_string())),
+                Err(error) => {
+                    let cause = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+                    reason = reason.or(Some(cause));
+                }
             }
         }
         Err(CompileError::NoLibrary { names, reason: reason.unwrap_or_default() })

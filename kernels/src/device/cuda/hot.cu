@@ -54,18 +54,18 @@ __device__ __forceinline__ Cut find_cut(const u32* bins, u32 wanted, u32* warps,
 extern "C" __global__ void __launch_bounds__(PICK_THREADS) pick_victims(const StepJob job) {
     __shared__ u32 warps[PICK_THREADS / 32];
     __shared__ Cut found;
+    enter_stream();
     const u32 lane = blockIdx.y, slot = blockIdx.z;
     const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
     if (sequence.length == 0 || sequence.count == 0) return;
     const u64 own_lane = slot * job.lanes + lane;
-    const PartCounts* parts = reinterpret_cast<const PartCounts*>(job.part_counts) + own_lane * PARTS;
-    u32 missed = 0, last_tie = 0;
-#pragma unroll
-    for (u32 part = 0; part < PARTS; part++) {
-        missed += parts[part].missed;
-        last_tie = max(last_tie, parts[part].last_tie);
-    }
+    VictimCounts& counts = reinterpret_cast<VictimCounts*>(job.victim_counts)[own_lane];
+    const u32 missed = counts.missed;
     if (missed == 0) return;
+    const PartCounts* parts = reinterpret_cast<const PartCounts*>(job.part_counts) + own_lane * PARTS;
+    u32 last_tie = parts[threadIdx.x % PARTS].last_tie;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) last_tie = max(last_tie, __shfl_xor_sync(0xFFFFFFFFu, last_tie, step));
     const u32 threshold = parts[0].threshold;
     const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
     const Cut cut = find_cut(reinterpret_cast<const u32*>(job.victim_bins) + own_lane * BINS, missed, warps, &found);
@@ -73,7 +73,6 @@ extern "C" __global__ void __launch_bounds__(PICK_THREADS) pick_victims(const St
     const u32 rows = sequence.chunks * CHUNK_TOKENS;
     const u32* owner = reinterpret_cast<const u32*>(place.owner) + (u64)lane * place.pool;
     u32* victims = reinterpret_cast<u32*>(job.victims) + own_lane * job.max_count;
-    u32* taken = reinterpret_cast<u32*>(job.victim_counts) + own_lane * 2;
     const u32 size = (place.pool + gridDim.x * 32 - 1) / (gridDim.x * 32) * 32;
     const u32 begin = blockIdx.x * size, end = begin + size;
     for (u32 base = begin; base < end; base += PICK_THREADS) {
@@ -84,9 +83,9 @@ extern "C" __global__ void __launch_bounds__(PICK_THREADS) pick_victims(const St
         const bool candidate = present && (row == NOBODY || key < threshold || (key == threshold && row >= last_tie));
         const u32 bin = row == NOBODY ? 0 : key / REFINED;
         const bool lower = candidate && bin < cut.bin, last = candidate && bin == cut.bin;
-        const u32 of_lower = next_index(&taken[0], lower);
+        const u32 of_lower = next_index(&counts.lower, lower);
         if (lower) victims[cut.of_last + of_lower] = at;
-        const u32 of_last = next_index(&taken[1], last);
+        const u32 of_last = next_index(&counts.last, last);
         if (last && of_last < cut.of_last) victims[of_last] = at;
     }
 }
@@ -187,10 +186,12 @@ __device__ __forceinline__ void fetch_rows(Fetch fetch) {
 // A small grid: more blocks fetch no faster and lose the nearness of the rows in flight (LIMITS.md).
 extern "C" __global__ void __launch_bounds__(GATHER_THREADS) gather(const StepJob job) {
     __shared__ GatherRoom room;
+    enter_stream();
     for (u32 slot = 0; slot < job.slots; slot++) {
         const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
         if (sequence.length == 0 || sequence.count == 0) continue;
-        __syncthreads();
+        const VictimCounts* counts = reinterpret_cast<const VictimCounts*>(job.victim_counts) + (u64)slot * job.lanes;
+        if (!__syncthreads_or(threadIdx.x < job.lanes && counts[threadIdx.x].missed)) continue;
         set_room(job, slot, room);
         const u32 items = room.items[PARTS];
         const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];

@@ -71,6 +71,20 @@ pub struct PartCounts {
     pub last_tie: u32,
 }
 
+/// What a lane's victims are counted with.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct VictimCounts {
+    /// Places taken of lower bins.
+    pub lower: u32,
+    /// Places taken of the last bin.
+    pub last: u32,
+    /// Selected rows that are not hot.
+    pub missed: u32,
+    /// Zero.
+    pub unused: u32,
+}
+
 /// One layer of one step for all batch slots. Addresses, and what lies there by batch slot: see types.cuh.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
@@ -117,7 +131,7 @@ pub struct StepJob {
     pub victim_bins: u64,
     /// u32 `[slot][lane][max_count]`.
     pub victims: u64,
-    /// u32 `[slot][lane][2]`.
+    /// [`VictimCounts`] `[slot][lane]`.
     pub victim_counts: u64,
     /// f32 `[slot][lane][max_blocks][group x (head_dim + 2)]`.
     pub partials: u64,

@@ -54,6 +54,14 @@ impl Labeller {
         coder: &LabelCoder,
     ) -> Result<Self, CudaError> {
         let module = Module::load(gpu, compiler, Source::Label, &Specialisation::labels(geometry, &coder.plan))?;
+        Self::with_module(&module, stream, geometry, coder)
+    }
+
+    /// The same with a module that was loaded for the layer's shape and plan.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn with_module(module: &Module, stream: &Arc<CudaStream>, geometry: &LayerGeometry, coder: &LabelCoder) -> Result<Self, CudaError> {
         let channels: Vec<u16> = coder.lanes.iter().flat_map(|lane| lane.channels.iter().copied()).collect();
         let low: Vec<f32> = coder.lanes.iter().flat_map(|lane| lane.low.iter().copied()).collect();
         let step: Vec<f32> = coder.lanes.iter().flat_map(|lane| lane.step.iter().copied()).collect();

@@ -10,12 +10,16 @@ pub mod error;
 pub mod host;
 pub mod jobs;
 pub mod label;
+pub mod many;
 pub mod module;
 pub mod open;
 pub mod probe;
+pub mod staged;
 pub mod step;
 pub mod stream;
+pub mod streamed;
 pub mod timer;
 
 pub use error::{CudaError, Doing};
 pub use open::{Gpu, OpenError};
+pub use staged::Cuda;

@@ -1,5 +1,6 @@
 //! Kernels of one shape of rows: sources, the options that specialise them, loaded modules and launches.
 
+use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use cudarc::nvrtc::Ptx;
 use super::compile::{CompileError, Compiler, Program, Target};
 use super::error::{CudaError, Doing};
 use super::open::Gpu;
-use super::{jobs, label, probe};
+use super::{jobs, label, many, probe};
 use crate::device::LayerGeometry;
 use crate::label::LabelPlan;
 use crate::shape::RowType;
@@ -82,13 +83,16 @@ pub enum Source {
     Hot,
     /// Attention over listed rows.
     Attend,
+    /// Exact attention of many queries.
+    Many,
     /// Reads of plain memory.
     Probe,
 }
 
 /// What the sources include.
-const HEADERS: [(&str, &str); 4] = [
+const HEADERS: [(&str, &str); 5] = [
     ("common.cuh", include_str!("common.cuh")),
+    ("append.cuh", include_str!("append.cuh")),
     ("mma.cuh", include_str!("mma.cuh")),
     ("types.cuh", include_str!("types.cuh")),
     ("tile.cuh", include_str!("tile.cuh")),
@@ -96,7 +100,7 @@ const HEADERS: [(&str, &str); 4] = [
 
 impl Source {
     /// Every source.
-    pub const ALL: [Self; 7] = [Self::Label, Self::Append, Self::Score, Self::Select, Self::Hot, Self::Attend, Self::Probe];
+    pub const ALL: [Self; 8] = [Self::Label, Self::Append, Self::Score, Self::Select, Self::Hot, Self::Attend, Self::Many, Self::Probe];
 
     /// File name.
     #[must_use]
@@ -108,6 +112,7 @@ impl Source {
             Self::Select => "select.cu",
             Self::Hot => "hot.cu",
             Self::Attend => "attend.cu",
+            Self::Many => "many.cu",
             Self::Probe => "probe.cu",
         }
     }
@@ -120,6 +125,7 @@ impl Source {
             Self::Select => include_str!("select.cu"),
             Self::Hot => include_str!("hot.cu"),
             Self::Attend => include_str!("attend.cu"),
+            Self::Many => include_str!("many.cu"),
             Self::Probe => include_str!("probe.cu"),
         }
     }
@@ -129,7 +135,7 @@ impl Source {
     pub fn needs_plan(self) -> bool {
         match self {
             Self::Label | Self::Score => true,
-            Self::Append | Self::Select | Self::Hot | Self::Attend | Self::Probe => false,
+            Self::Append | Self::Select | Self::Hot | Self::Attend | Self::Many | Self::Probe => false,
         }
     }
 
@@ -142,8 +148,10 @@ impl Source {
                 ("SEQUENCE_STATE_BYTES", size_of::<jobs::SequenceState>()),
                 ("LAYER_PLACE_BYTES", size_of::<jobs::LayerPlace>()),
                 ("PART_COUNTS_BYTES", size_of::<jobs::PartCounts>()),
+                ("VICTIM_COUNTS_BYTES", size_of::<jobs::VictimCounts>()),
                 ("STEP_JOB_BYTES", size_of::<jobs::StepJob>()),
             ],
+            Self::Many => vec![("MANY_JOB_BYTES", size_of::<many::ManyLaunch>()), ("MERGE_JOB_BYTES", size_of::<many::MergeLaunch>())],
         }
     }
 
@@ -154,6 +162,9 @@ impl Source {
     pub fn compile(self, compiler: &Compiler, specialisation: &Specialisation, target: Target) -> Result<Vec<u8>, CompileError> {
         let mut options = specialisation.options();
         options.extend(self.job_bytes().into_iter().map(|(name, bytes)| format!("-D{name}={bytes}")));
+        if self == Self::Many {
+            options.extend(many::Tiles::new(specialisation.head_dim, specialisation.row_type, target).options());
+        }
         options.extend(["--std=c++17", "-lineinfo"].map(str::to_owned));
         compiler.compile(&Program { name: self.name(), source: self.text(), headers: &HEADERS, options }, target)
     }
@@ -164,6 +175,7 @@ impl Source {
 pub struct Module {
     module: Arc<CudaModule>,
     context: Arc<CudaContext>,
+    capability: (u32, u32),
 }
 
 impl Module {
@@ -174,7 +186,7 @@ impl Module {
     pub fn load(gpu: &Gpu, compiler: &Compiler, source: Source, specialisation: &Specialisation) -> Result<Self, CudaError> {
         let cubin = source.compile(compiler, specialisation, Target { capability: gpu.capability })?;
         let module = gpu.context.load_module(Ptx::from_binary(cubin)).doing(source.name())?;
-        Ok(Self { module, context: Arc::clone(&gpu.context) })
+        Ok(Self { module, context: Arc::clone(&gpu.context), capability: gpu.capability })
     }
 
     /// A kernel by name, allowed `shared_bytes` of dynamic shared memory.
@@ -185,7 +197,51 @@ impl Module {
         let function = self.module.load_function(name).doing(name)?;
         let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         function.set_attribute(attribute, shared_bytes as i32).doing(name)?;
-        Ok(Kernel { name, function, context: Arc::clone(&self.context), shared_bytes })
+        Ok(Kernel { name, function, context: Arc::clone(&self.context), shared_bytes, overlaps: false })
+    }
+
+    /// A kernel that begins with `enter_stream` (common.cuh): its launch may overlap the end of the kernel before it, where the device can.
+    ///
+    /// # Errors
+    /// As [`Module::kernel`].
+    pub fn overlapping_kernel(&self, name: &'static str) -> Result<Kernel, CudaError> {
+        Ok(Kernel { overlaps: self.capability >= (9, 0), ..self.kernel(name, 0)? })
+    }
+}
+
+/// The modules of a device, each compiled and loaded when it is first asked for.
+pub struct Modules {
+    gpu: Gpu,
+    compiler: Compiler,
+    loaded: HashMap<(Source, Specialisation), Module>,
+}
+
+impl Modules {
+    /// None loaded yet.
+    #[must_use]
+    pub fn new(gpu: Gpu, compiler: Compiler) -> Self {
+        Self { gpu, compiler, loaded: HashMap::new() }
+    }
+
+    /// The device.
+    #[must_use]
+    pub fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    /// A source's module for a shape of rows; the plan counts only for sources that read labels.
+    ///
+    /// # Errors
+    /// What the compiler or the driver says.
+    pub fn get(&mut self, source: Source, specialisation: &Specialisation) -> Result<Module, CudaError> {
+        let plan = specialisation.plan.clone().filter(|_| source.needs_plan());
+        let key = (source, Specialisation { plan, ..specialisation.clone() });
+        if let Some(module) = self.loaded.get(&key) {
+            return Ok(module.clone());
+        }
+        let module = Module::load(&self.gpu, &self.compiler, source, &key.1)?;
+        self.loaded.insert(key, module.clone());
+        Ok(module)
     }
 }
 
@@ -205,6 +261,7 @@ pub struct Kernel {
     function: CudaFunction,
     context: Arc<CudaContext>,
     shared_bytes: usize,
+    overlaps: bool,
 }
 
 impl Kernel {
@@ -229,22 +286,27 @@ impl Kernel {
         }
         self.context.bind_to_thread().doing("entering the context")?;
         let mut parameters = [std::ptr::from_ref(job).cast_mut().cast::<c_void>()];
-        // SAFETY: the kernel has one parameter, of the job's type by the caller's promise; it is copied by the call.
-        let result = unsafe {
-            sys::cuLaunchKernel(
-                self.function.cu_function(),
-                x,
-                y,
-                z,
-                grid.threads as u32,
-                1,
-                1,
-                self.shared_bytes as u32,
-                stream.cu_stream(),
-                parameters.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            // SAFETY: a union of plain numbers and pointers, of which zero is a value.
+            ..unsafe { std::mem::zeroed() }
         };
+        overlap.value.programmaticStreamSerializationAllowed = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: grid.threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.shared_bytes as u32,
+            hStream: stream.cu_stream(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(self.overlaps),
+        };
+        // SAFETY: the kernel has one parameter, of the job's type by the caller's promise; it is copied by the call.
+        let result =
+            unsafe { sys::cuLaunchKernelEx(&raw const config, self.function.cu_function(), parameters.as_mut_ptr(), std::ptr::null_mut()) };
         result.result().doing(self.name)
     }
 }

@@ -3,6 +3,7 @@
 // `sample` scores the sampled rows for every head's log-sum-exp; `score` passes over all labels once and writes keys, and counts their
 // upper bits for select.cu.
 #include "types.cuh"
+#include "append.cuh"
 #include "tile.cuh"
 
 constexpr u32 SAMPLE_THREADS = 512;
@@ -66,17 +67,20 @@ __device__ __forceinline__ void ask_for_sample(const StepJob& job, const Sequenc
 extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS) sample(const StepJob job) {
     __shared__ LaneWeights weights;
     __shared__ PowerSum warp_sums[SAMPLE_THREADS / 32][8 * COLUMN_TILES];
+    enter_stream();
     const u32 lane = blockIdx.y, slot = blockIdx.z, part = blockIdx.x;
     const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
-    if (sequence.length == 0 || sequence.chunks == 0) return;
+    const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
+    if (sequence.length == 0) return;
+    if (part == 1) append_row(job, sequence, place, slot, lane);
+    if (sequence.chunks == 0) return;
     const u64 own_lane = slot * job.lanes + lane;
     // What the kernels after this one count in.
     for (u32 bin = part * SAMPLE_THREADS + threadIdx.x; bin < BINS; bin += SAMPLE_PARTS * SAMPLE_THREADS) {
         reinterpret_cast<u32*>(job.histogram)[own_lane * BINS + bin] = 0;
         reinterpret_cast<u32*>(job.victim_bins)[own_lane * BINS + bin] = 0;
     }
-    if (part == 0 && threadIdx.x < 2) reinterpret_cast<u32*>(job.victim_counts)[own_lane * 2 + threadIdx.x] = 0;
-    const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
+    if (part == 0 && threadIdx.x == 0) reinterpret_cast<VictimCounts*>(job.victim_counts)[own_lane] = {0, 0, 0, 0};
     const Sample rows = sample_of(sequence.chunks);
     ask_for_sample(job, sequence, place, rows, lane, part);
     make_weights(job, slot, lane, weights);
@@ -97,7 +101,8 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS) sample(const StepJo
             const SampledBlock block = sampled_block(rows, min(unit * A_UNIT + 2 * load + g / 4, rows.blocks - 1));
             from[load] = label_page(job, sequence, place, block.chunk, lane) + block.block * 16 * LABEL_BYTES;
         }
-        const Scores scores = score_unit(from, fragments);
+        const float zero[COLUMN_TILES][2] = {};
+        const Scores scores = score_unit(from, fragments, zero);
 #pragma unroll
         for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
 #pragma unroll
@@ -162,8 +167,13 @@ __device__ __forceinline__ float piecewise_exp2(float shifted) {
     return __int_as_float(__float2int_rz(clamped));
 }
 
-// Sums a row's importance over the threads that hold its heads, and writes two rows' keys.
-__device__ __forceinline__ void write_keys(float first, float second, bool writes, u32 row, u32 sinks, const u16* trace, u32 run, u16* keys, u32* bins) {
+// Consecutive units that a warp scores: all of one chunk.
+constexpr u32 RUN = UNITS_A_CHUNK < 4 ? UNITS_A_CHUNK : 4;
+// Runs that a warp asks for ahead of the one that it scores.
+constexpr u32 AHEAD = 1;
+
+// Sums a row's importance over the threads that hold its heads, and writes two rows' keys. `keys` are those of the run, `row` counts in it.
+__device__ __forceinline__ void write_keys(float first, float second, bool writes, u32 row, u32 sinks, const u16* trace, u32 trace_row, u32 run, u16* keys, u32* bins) {
 #pragma unroll
     for (int step = 1; step < (int)PADDED / 2; step *= 2) {
         first += __shfl_xor_sync(0xFFFFFFFFu, first, step);
@@ -173,7 +183,7 @@ __device__ __forceinline__ void write_keys(float first, float second, bool write
     u32 low = key_of(first), high = key_of(second);
 #ifdef TRACE_KEYS
     // A bench replays recorded selections: the computed keys are thrown away (at the very end, so that they are computed).
-    if (first != -1.0f && trace) low = trace[row / run], high = trace[(row + 1) / run];
+    if (first != -1.0f && trace) low = trace[(trace_row + row) / run], high = trace[(trace_row + row + 1) / run];
 #endif
     if (row < sinks) low = 0xFFFF;
     if (row + 1 < sinks) high = 0xFFFF;
@@ -182,36 +192,41 @@ __device__ __forceinline__ void write_keys(float first, float second, bool write
     atomicAdd(&bins[high / REFINED], 1);
 }
 
-// Units that a warp asks for ahead of the one that it scores.
-constexpr u32 AHEAD = 4;
+__device__ __forceinline__ const u8* first_of_run(const StepJob& job, const SequenceState& sequence, const LayerPlace& place, u32 lane, u32 run) {
+    constexpr u32 RUNS_A_CHUNK = UNITS_A_CHUNK / RUN;
+    return label_page(job, sequence, place, run / RUNS_A_CHUNK, lane) + run % RUNS_A_CHUNK * (RUN * UNIT * LABEL_BYTES);
+}
 
-__device__ __forceinline__ void ask_for_unit(const StepJob& job, const SequenceState& sequence, const LayerPlace& place, u32 lane, u32 unit, u32 units) {
-    constexpr u32 BYTES = UNIT * LABEL_BYTES;
-    if (unit >= units) return;
-    const u8* first = label_page(job, sequence, place, unit / UNITS_A_CHUNK, lane) + unit % UNITS_A_CHUNK * BYTES;
-    for (u32 line = threadIdx.x % 32; line < (BYTES + 127) / 128; line += 32) ask_for(first + line * 128);
+__device__ __forceinline__ void ask_for_run(const u8* first) {
+    constexpr u32 BYTES = RUN * UNIT * LABEL_BYTES;
+#pragma unroll
+    for (u32 line = 0; line < (BYTES + 127) / 128; line += 32)
+        if (line + threadIdx.x % 32 < (BYTES + 127) / 128) ask_for(first + (line + threadIdx.x % 32) * 128);
 }
 
 extern "C" __global__ void __launch_bounds__(SCORE_THREADS, 2) score(const StepJob job) {
     __shared__ LaneWeights weights;
     __shared__ float lse[GROUP];
     __shared__ u32 bins[BINS];
+    for (u32 bin = threadIdx.x; bin < BINS; bin += SCORE_THREADS) bins[bin] = 0;
+    enter_stream();
     const u32 lane = blockIdx.y, slot = blockIdx.z;
     const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
+    const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
     if (sequence.length == 0 || sequence.chunks == 0) return;
     const u64 own_lane = slot * job.lanes + lane;
-    for (u32 bin = threadIdx.x; bin < BINS; bin += SCORE_THREADS) bins[bin] = 0;
-    const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
-    const u32 units = sequence.chunks * UNITS_A_CHUNK;
+    const u32 runs = sequence.chunks * (UNITS_A_CHUNK / RUN);
     constexpr u32 WARPS = SCORE_THREADS / 32;
     const u32 stride = gridDim.x * WARPS, begin = blockIdx.x * WARPS + threadIdx.x / 32;
-#pragma unroll
-    for (u32 ahead = 0; ahead < AHEAD; ahead++) ask_for_unit(job, sequence, place, lane, begin + ahead * stride, units);
+    // Where this warp's next run lies is always known a run ahead, and its labels are on their way.
+    const u8* next = first_of_run(job, sequence, place, lane, min(begin, runs - 1));
+    ask_for_run(next);
     set_lse(job, own_lane, lse);
     fetch_weights(job, own_lane, weights);
     Fragments fragments;
     fragments_of_group<0>(weights, fragments);
     const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    // Scores are counted in units of 2^-23, from the bits of 1: piecewise_exp2.
     float bias[COLUMN_TILES][2];
 #pragma unroll
     for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
@@ -220,35 +235,45 @@ extern "C" __global__ void __launch_bounds__(SCORE_THREADS, 2) score(const StepJ
             const u32 head = 8 * tile + (2 * t + column) % PADDED;
             // Columns without a head give the least power there is, which no key shows.
             bias[tile][column] = head < GROUP ? (127.0f - lse[head < GROUP ? head : 0]) * 8388608.0f : LOWEST;
+#pragma unroll
+            for (u32 plane = 0; plane < PLANES; plane++) fragments.factors[tile][plane][column] *= 8388608.0f;
         }
     }
     u16* keys = reinterpret_cast<u16*>(job.keys) + own_lane * job.max_rows;
     const u16* trace = job.trace ? reinterpret_cast<const u16*>(job.trace) + own_lane * job.trace_rows : nullptr;
     // Positions of the trace are stretched in runs.
     const u32 trace_run = trace ? job.max_rows / job.trace_rows : 1;
-    for (u32 unit = begin; unit < units; unit += stride) {
-        ask_for_unit(job, sequence, place, lane, unit + AHEAD * stride, units);
-        const u32 chunk = unit / UNITS_A_CHUNK;
-        const u8* first = label_page(job, sequence, place, chunk, lane) + unit % UNITS_A_CHUNK * (UNIT * LABEL_BYTES);
-        const u8* from[LOADS];
+    const bool writes = PADDED <= 2 || t % (PADDED / 2) == 0;
+    for (u32 run = begin; run < runs; run += stride) {
+        const u8* first = next + g / 4 * 16 * LABEL_BYTES;
+        next = first_of_run(job, sequence, place, lane, min(run + AHEAD * stride, runs - 1));
+        ask_for_run(next);
+        const u32 base = run * (RUN * UNIT);
+        const u32 sinks = base < sequence.sinks ? sequence.sinks - base : 0;
+        u16* to = keys + base;
 #pragma unroll
-        for (u32 load = 0; load < LOADS; load++) from[load] = first + (2 * load + g / 4) * 16 * LABEL_BYTES;
-        const Scores scores = score_unit(from, fragments);
+        for (u32 unit = 0; unit < RUN; unit++) {
+            const u8* from[LOADS];
 #pragma unroll
-        for (u32 sum = 0; sum < SUMS; sum++) {
-            float importance[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            for (u32 load = 0; load < LOADS; load++) from[load] = first + (unit * UNIT + load * 32) * LABEL_BYTES;
+            const Scores scores = score_unit(from, fragments, bias);
 #pragma unroll
-            for (u32 tile = 0; tile < COLUMN_TILES; tile++)
+            for (u32 sum = 0; sum < SUMS; sum++) {
+                float importance[4];
 #pragma unroll
-                for (u32 i = 0; i < 4; i++) importance[i] += piecewise_exp2(scores.x[tile][sum][i] * 8388608.0f + bias[tile][i % 2]);
-            const u32 row = unit * UNIT + row_of(sum, 0);
-            if constexpr (PADDED == 1) {
-                // Two columns are two products' rows.
-                write_keys(importance[0], importance[2], true, row, sequence.sinks, trace, trace_run, keys, bins);
-                write_keys(importance[1], importance[3], true, unit * UNIT + row_of(sum, 1), sequence.sinks, trace, trace_run, keys, bins);
-            } else {
-                const bool writes = PADDED <= 2 || t % (PADDED / 2) == 0;
-                write_keys(importance[0] + importance[1], importance[2] + importance[3], writes, row, sequence.sinks, trace, trace_run, keys, bins);
+                for (u32 i = 0; i < 4; i++) {
+                    importance[i] = piecewise_exp2(scores.x[0][sum][i]);
+#pragma unroll
+                    for (u32 tile = 1; tile < COLUMN_TILES; tile++) importance[i] += piecewise_exp2(scores.x[tile][sum][i]);
+                }
+                const u32 row = unit * UNIT + row_of(sum, 0);
+                if constexpr (PADDED == 1) {
+                    // Two columns are two products' rows.
+                    write_keys(importance[0], importance[2], true, row, sinks, trace, base, trace_run, to, bins);
+                    write_keys(importance[1], importance[3], true, unit * UNIT + row_of(sum, 1), sinks, trace, base, trace_run, to, bins);
+                } else {
+                    write_keys(importance[0] + importance[1], importance[2] + importance[3], writes, row, sinks, trace, base, trace_run, to, bins);
+                }
             }
         }
     }

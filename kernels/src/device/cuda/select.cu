@@ -80,6 +80,7 @@ __device__ __forceinline__ Threshold find_bin(const u32* histogram, u32 wanted, 
 // Counts the upper bits of keys, for keys that the score kernel did not make; the first `sinks` rows are given the highest key.
 extern "C" __global__ void __launch_bounds__(THREADS) count_keys(const StepJob job) {
     __shared__ u32 bins[BINS];
+    enter_stream();
     const u32 lane = blockIdx.y, slot = blockIdx.z;
     const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
     if (sequence.length == 0) return;
@@ -121,6 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) count_part(const StepJob j
     __shared__ u32 room[WARPS];
     __shared__ Threshold found;
     __shared__ u32 counts[1 + REFINED];
+    enter_stream();
     const u32 lane = blockIdx.y, slot = blockIdx.z, part = blockIdx.x;
     const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
     if (sequence.length == 0 || sequence.count == 0) return;
@@ -276,10 +278,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) compact(const StepJob job)
     __shared__ u32 bins[BINS];
     __shared__ ShareRoom share_room;
     __shared__ u32 last_tie;
+    enter_stream();
     const u32 lane = blockIdx.y, slot = blockIdx.z, part = blockIdx.x;
     const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
-    if (sequence.length == 0 || sequence.count == 0) return;
     const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
+    if (sequence.length == 0 || sequence.count == 0) return;
     const u64 own_lane = slot * job.lanes + lane;
     const u32 rows = sequence.chunks * CHUNK_TOKENS;
     for (u32 i = threadIdx.x; i < BINS; i += THREADS) bins[i] = 0;
@@ -295,6 +298,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) compact(const StepJob job)
     u32* misses = reinterpret_cast<u32*>(job.misses) + list;
     const u32 missed = look_up(map, positions, share.first, share.count, places, misses, room);
     if (threadIdx.x == 0) {
+        if (missed) atomicAdd(&reinterpret_cast<VictimCounts*>(job.victim_counts)[own_lane].missed, missed);
         reinterpret_cast<PartCounts*>(job.part_counts)[own_lane * PARTS + part] = {share.first, missed, share.key, last_tie};
         u64* counters = reinterpret_cast<u64*>(job.counters) + own_lane * 2;
         atomicAdd(&counters[0], (u64)(share.count - missed));

@@ -62,22 +62,22 @@ impl StepKernels {
         let (score, select, hot, attend, append) =
             (module(Source::Score)?, module(Source::Select)?, module(Source::Hot)?, module(Source::Attend)?, module(Source::Append)?);
         Ok(Self {
-            sample: score.kernel("sample", 0)?,
-            score: score.kernel("score", 0)?,
-            count_keys: select.kernel("count_keys", 0)?,
-            count_part: select.kernel("count_part", 0)?,
-            compact: select.kernel("compact", 0)?,
-            pick_victims: hot.kernel("pick_victims", 0)?,
-            gather: hot.kernel("gather", 0)?,
-            append: append.kernel("append", 0)?,
-            attend: attend.kernel("attend", 0)?,
-            merge: attend.kernel("merge", 0)?,
+            sample: score.overlapping_kernel("sample")?,
+            score: score.overlapping_kernel("score")?,
+            count_keys: select.overlapping_kernel("count_keys")?,
+            count_part: select.overlapping_kernel("count_part")?,
+            compact: select.overlapping_kernel("compact")?,
+            pick_victims: hot.overlapping_kernel("pick_victims")?,
+            gather: hot.overlapping_kernel("gather")?,
+            append: append.overlapping_kernel("append")?,
+            attend: attend.overlapping_kernel("attend")?,
+            merge: attend.overlapping_kernel("merge")?,
             group: specialisation.group,
             processors: gpu.processors as usize,
         })
     }
 
-    /// The newest rows to the device's tail and to their open slots.
+    /// The newest rows to the device's tail and to their open slots, for steps that score nothing.
     ///
     /// # Safety
     /// As [`Kernel::launch`]; so for all launches of this type.
@@ -89,7 +89,7 @@ impl StepKernels {
         unsafe { self.append.launch(stream, Grid { blocks: [1, grid.lanes, grid.slots], threads: APPEND_THREADS }, job) }
     }
 
-    /// Importance keys of every row before the horizon, and their histogram.
+    /// Appends the newest rows; then importance keys of every row before the horizon, and their histogram.
     ///
     /// # Safety
     /// As [`StepKernels::append`].
@@ -183,7 +183,6 @@ impl StepKernels {
     pub unsafe fn sparse_layer(&self, stream: &CudaStream, grid: &StepGrid, job: &StepJob) -> Result<(), CudaError> {
         // SAFETY: the caller's promise.
         unsafe {
-            self.append(stream, grid, job)?;
             self.score(stream, grid, job)?;
             self.select(stream, grid, job)?;
             self.pick_victims(stream, grid, job)?;

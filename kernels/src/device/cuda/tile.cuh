@@ -215,8 +215,8 @@ __device__ __forceinline__ u32 row_of(u32 sum, u32 column) {
     return product / 2 * 32 + g / 4 * 16 + g % 4 * 4 + product % 2 * 2;
 }
 
-// `blocks` are the blocks of 16 rows that this thread loads from.
-__device__ __forceinline__ Scores score_unit(const u8* const (&blocks)[LOADS], const Fragments& weights) {
+// `blocks` are the blocks of 16 rows that this thread loads from; scores count from `start`.
+__device__ __forceinline__ Scores score_unit(const u8* const (&blocks)[LOADS], const Fragments& weights, const float (&start)[COLUMN_TILES][2]) {
     Sums sums = {};
 #pragma unroll
     for (u32 load = 0; load < LOADS; load++) add_products<0, 0, 0>(blocks[load], load, weights, sums);
@@ -227,7 +227,7 @@ __device__ __forceinline__ Scores score_unit(const u8* const (&blocks)[LOADS], c
         for (u32 sum = 0; sum < SUMS; sum++) {
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
-                float x = 0.0f;
+                float x = start[tile][i % 2];
 #pragma unroll
                 for (u32 plane = 0; plane < PLANES; plane++) x += to_float(sums.c[tile][sum][plane][i]) * weights.factors[tile][plane][i % 2];
                 scores.x[tile][sum][i] = x;

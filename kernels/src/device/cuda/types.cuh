@@ -47,6 +47,13 @@ struct PartCounts {
     u32 last_tie;   // last selected row of exactly the threshold in this part, plus 1; 0: none
 };
 
+// What a lane's victims are counted with.
+struct VictimCounts {
+    u32 lower, last;  // places taken of lower bins, and of the last one
+    u32 missed;       // selected rows that are not hot
+    u32 unused;
+};
+
 // One layer of one step for all batch slots.
 struct StepJob {
     u64 sequences;     // SequenceState[slot]
@@ -70,7 +77,7 @@ struct StepJob {
     u64 part_counts;   // PartCounts[slot][lane][PARTS]
     u64 victim_bins;   // u32[slot][lane][BINS]: hot rows that may be dropped, likewise
     u64 victims;       // u32[slot][lane][max_count]: hot places to be taken
-    u64 victim_counts; // u32[slot][lane][2]: places taken of lower bins and of the last one
+    u64 victim_counts; // VictimCounts[slot][lane]
     u64 partials;      // f32[slot][lane][max_blocks][PARTIAL]
     u64 counters;      // u64[slot][lane][2]: hits and misses since they were reset
     u64 trace;         // u16[slot][lane][trace_rows]: keys to be selected by instead of the computed ones, row r's for rows r x run and on; or 0
@@ -87,4 +94,5 @@ struct StepJob {
 static_assert(sizeof(SequenceState) == SEQUENCE_STATE_BYTES, "as in jobs.rs");
 static_assert(sizeof(LayerPlace) == LAYER_PLACE_BYTES, "as in jobs.rs");
 static_assert(sizeof(PartCounts) == PART_COUNTS_BYTES, "as in jobs.rs");
+static_assert(sizeof(VictimCounts) == VICTIM_COUNTS_BYTES, "as in jobs.rs");
 static_assert(sizeof(StepJob) == STEP_JOB_BYTES, "as in jobs.rs");
