@@ -102,40 +102,42 @@ struct GatherRoom {
     u32 items[PARTS + 1];          // lanes x the most that any lane misses, summed over earlier parts
 };
 
-__device__ void set_room(const StepJob& job, u32 slot, GatherRoom& room) {
+__device__ __forceinline__ u32 warp_prefix(u32 x) {
+#pragma unroll
+    for (u32 step = 1; step < 32; step *= 2) {
+        const u32 before = __shfl_up_sync(0xFFFFFFFFu, x, step);
+        if (threadIdx.x % 32 >= step) x += before;
+    }
+    return x;
+}
+
+__device__ __forceinline__ void set_room(const StepJob& job, u32 slot, GatherRoom& room) {
+    static_assert(PARTS == 32, "a warp has a thread for each part");
     const PartCounts* parts = reinterpret_cast<const PartCounts*>(job.part_counts) + (u64)slot * job.lanes * PARTS;
-    for (u32 i = threadIdx.x; i < job.lanes * PARTS; i += GATHER_THREADS) {
-        const u32 lane = i / PARTS, part = i % PARTS;
-        room.first[part][lane] = parts[i].first;
-        room.missed[part][lane] = parts[i].missed;
+    const u32 part = threadIdx.x % 32;
+    for (u32 lane = threadIdx.x / 32; lane < job.lanes; lane += GATHER_WARPS) {
+        const PartCounts counts = parts[lane * PARTS + part];
+        room.first[part][lane] = counts.first;
+        room.missed[part][lane] = counts.missed;
+        room.before[part][lane] = warp_prefix(counts.missed) - counts.missed;
     }
     __syncthreads();
-    if (threadIdx.x < job.lanes) {
-        u32 before = 0;
-        for (u32 part = 0; part < PARTS; part++) {
-            room.before[part][threadIdx.x] = before;
-            before += room.missed[part][threadIdx.x];
-        }
-    }
-    if (threadIdx.x >= MAX_LANES && threadIdx.x < MAX_LANES + PARTS) {
+    if (threadIdx.x < 32) {
         u32 most = 0;
-        for (u32 lane = 0; lane < job.lanes; lane++) most = max(most, room.missed[threadIdx.x - MAX_LANES][lane]);
-        room.items[1 + threadIdx.x - MAX_LANES] = most * job.lanes;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        room.items[0] = 0;
-        for (u32 part = 0; part < PARTS; part++) room.items[part + 1] += room.items[part];
+        for (u32 lane = 0; lane < job.lanes; lane++) most = max(most, room.missed[part][lane]);
+        room.items[part + 1] = warp_prefix(most * job.lanes);
+        if (part == 0) room.items[0] = 0;
     }
     __syncthreads();
 }
 
 // Item `item` of a slot: the r-th miss of a lane in a part, lanes side by side, so that rows in flight lie near each other. Gives the row its
 // place. {0, 0} where the lane misses fewer.
-__device__ Fetch take_item(const StepJob& job, u32 slot, const SequenceState& sequence, const LayerPlace& place, const GatherRoom& room, u32 item) {
+__device__ __forceinline__ Fetch take_item(const StepJob& job, u32 slot, const SequenceState& sequence, const LayerPlace& place, const GatherRoom& room, u32 item) {
+    // The last part that begins at or before the item.
     u32 part = 0;
 #pragma unroll
-    for (u32 other = 1; other < PARTS; other++) part += room.items[other] <= item;
+    for (u32 step = PARTS / 2; step > 0; step /= 2) part += room.items[part + step] <= item ? step : 0;
     const u32 lane = (item - room.items[part]) % job.lanes, rank = (item - room.items[part]) / job.lanes;
     if (rank >= room.missed[part][lane]) return {0, 0};
     const u64 own_lane = slot * job.lanes + lane, list = own_lane * job.max_count;

@@ -26,6 +26,16 @@ __device__ __forceinline__ PowerSum joined(PowerSum a, PowerSum b) {
     return {largest, a.sum * exp2_fast(a.largest - largest) + b.sum * exp2_fast(b.largest - largest)};
 }
 
+// The sum of sixteen neighbouring threads, in an order that is always the same.
+__device__ __forceinline__ PowerSum joined_by_16(PowerSum own) {
+#pragma unroll
+    for (int step = 1; step < 16; step *= 2) {
+        const PowerSum other = {__shfl_xor_sync(0xFFFFFFFFu, own.largest, step), __shfl_xor_sync(0xFFFFFFFFu, own.sum, step)};
+        own = joined(own, other);
+    }
+    return own;
+}
+
 // The rows that give the log-sum-exps: all of the first and the newest chunk, and of every other chunk one block of 16 in `stride`.
 struct Sample {
     u32 chunks, log_stride, blocks;
@@ -135,21 +145,24 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS) sample(const StepJo
         }
     }
     __syncthreads();
-    if (threadIdx.x < GROUP) {
-        PowerSum all = {LOWEST, 0.0f};
-        for (u32 other = 0; other < SAMPLE_THREADS / 32; other++) all = joined(all, warp_sums[other][threadIdx.x]);
-        reinterpret_cast<PowerSum*>(job.label_lse)[(own_lane * GROUP + threadIdx.x) * SAMPLE_PARTS + part] = all;
+    // Sixteen threads a head, one for each warp.
+    static_assert(SAMPLE_THREADS / 32 == 16 && 16 * GROUP <= SAMPLE_THREADS, "a thread for each warp and head");
+    if (threadIdx.x < (16 * GROUP + 31) / 32 * 32) {
+        const u32 head = min(threadIdx.x / 16, GROUP - 1);
+        const PowerSum all = joined_by_16(warp_sums[threadIdx.x % 16][head]);
+        if (threadIdx.x % 16 == 0 && threadIdx.x / 16 < GROUP)
+            reinterpret_cast<PowerSum*>(job.label_lse)[(own_lane * GROUP + head) * SAMPLE_PARTS + part] = all;
     }
 }
 
 // Log-sum-exps (log2) of the lane's heads; a barrier must follow.
 __device__ __forceinline__ void set_lse(const StepJob& job, u64 own_lane, float* lse) {
-    if (threadIdx.x < GROUP) {
-        const PowerSum* parts = reinterpret_cast<const PowerSum*>(job.label_lse) + (own_lane * GROUP + threadIdx.x) * SAMPLE_PARTS;
-        PowerSum all = {LOWEST, 0.0f};
-#pragma unroll
-        for (u32 part = 0; part < SAMPLE_PARTS; part++) all = joined(all, parts[part]);
-        lse[threadIdx.x] = all.largest + log2f(all.sum);
+    static_assert(SAMPLE_PARTS == 16 && 16 * GROUP <= SCORE_THREADS, "a thread for each part and head");
+    if (threadIdx.x < (16 * GROUP + 31) / 32 * 32) {
+        const u32 head = min(threadIdx.x / 16, GROUP - 1);
+        const PowerSum* parts = reinterpret_cast<const PowerSum*>(job.label_lse) + (own_lane * GROUP + head) * SAMPLE_PARTS;
+        const PowerSum all = joined_by_16(parts[threadIdx.x % 16]);
+        if (threadIdx.x % 16 == 0) lse[head] = all.largest + log2f(all.sum);
     }
 }
 

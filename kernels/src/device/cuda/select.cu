@@ -254,7 +254,7 @@ __device__ __forceinline__ u32 look_up(const u16* map, const u32* positions, u32
 // Counts the keys of the hot rows up to the threshold: candidates to be dropped, and some selected rows of exactly the threshold.
 // Places without a row count as key 0.
 __device__ __forceinline__ void count_victims(const LayerPlace& place, u32 lane, u32 part, const u16* keys, u32 rows, u32 threshold, u32* bins, u32* histogram) {
-    constexpr u32 TOGETHER = 4;
+    constexpr u32 TOGETHER = 3;
     const u32* owner = reinterpret_cast<const u32*>(place.owner) + (u64)lane * place.pool;
     const u32 size = (place.pool + PARTS - 1) / PARTS;
     const u32 end = min(place.pool, (part + 1) * size);

@@ -18,7 +18,7 @@ const ATTEND_THREADS: usize = 128;
 const APPEND_THREADS: usize = 128;
 const MERGE_THREADS: usize = 512;
 /// Blocks that share a lane's hot places while victims are picked.
-const PICK_BLOCKS: usize = 8;
+const PICK_BLOCKS: usize = 32;
 /// Most lanes that the gather keeps count of.
 pub const MAX_LANES: usize = 64;
 
