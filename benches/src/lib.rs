@@ -7,6 +7,7 @@ pub mod floors;
 #[cfg(feature = "model")]
 pub mod generate;
 pub mod generator;
+pub mod gpu;
 #[cfg(feature = "model")]
 pub mod model;
 #[cfg(feature = "model")]

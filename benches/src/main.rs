@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
+use sluice_bench::gpu::{recorded, replay};
 use sluice_bench::{attach, stress};
 
 #[derive(Parser)]
@@ -17,6 +18,10 @@ enum Command {
     Stress(stress::StressOptions),
     /// Time the same decode steps three ways: directly attached, with the decoder alone, and over gRPC.
     Attach(attach::AttachOptions),
+    /// Make a trace of importance keys from a recording of a real model.
+    Trace(recorded::TraceArguments),
+    /// Say what pools of hot rows would hit in a key trace.
+    Replay(replay::ReplayArguments),
     /// Be the worker of a stress run: orders and results are JSON lines on standard input and output.
     #[command(hide = true)]
     StressWorker,
@@ -35,6 +40,8 @@ fn main() -> Result<()> {
     match Arguments::parse().command {
         Command::Stress(options) => stress::run(&options),
         Command::Attach(options) => attach::run(&options),
+        Command::Trace(arguments) => recorded::run(&arguments),
+        Command::Replay(arguments) => replay::run(&arguments),
         Command::StressWorker => stress::worker::run(),
         #[cfg(feature = "model")]
         Command::Generate(arguments) => sluice_bench::generate::run(&arguments),
