@@ -211,7 +211,7 @@ impl KeyTrace {
         let index = layer * lanes + lane;
         let period = 2 * (self.steps - 1);
         let fraction = ((index / self.layers) as u32).wrapping_mul(0x9E37_79B9);
-        let offset = (u64::from(fraction) * period as u64 >> 32) as usize;
+        let offset = ((u64::from(fraction) * period as u64) >> 32) as usize;
         let time = (offset + step % period) % period;
         (index % self.layers, if time < self.steps { time } else { period - time })
     }
