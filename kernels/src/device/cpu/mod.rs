@@ -22,7 +22,7 @@ use self::label::LabelLane;
 use self::many::{QueryTile, Room, queries_a_tile};
 use self::parts::Parts;
 use self::pool::{DEFAULT_SPIN, SpinPool};
-use self::score::{KeysOfChunk, LaneQuery, SAMPLE_PIECE, SamplePiece, Sampled, sampled_blocks};
+use self::score::{KeysOfChunk, LaneQuery, SAMPLE_PIECE, SamplePiece, Sampled, ScoreRoom, sampled_blocks};
 use self::select::SelectLane;
 use super::{AttendJob, Device, DeviceError, LabelJob, ManyJob, ScoreJob, SelectJob, StepJob, StepResult, StepTimes};
 use crate::slot::CHUNK_TOKENS;
@@ -57,6 +57,7 @@ struct LaneRoom {
 #[derive(Default)]
 struct ThreadRoom {
     scores: Vec<f32>,
+    score: Box<ScoreRoom>,
     select: Vec<u16>,
     many: Room,
 }
@@ -136,11 +137,11 @@ impl Cpu {
             };
             room.set(job, lane, sample);
             for (piece, totals) in room.pieces.chunks_exact_mut(group).enumerate() {
-                level.enter(SamplePiece { job, lane, query: &room.query, sample, piece, totals });
+                level.enter(SamplePiece { job, lane, query: &room.query, sample, piece, room: &mut own.score, totals });
             }
             room.query.normalise(&room.pieces);
             for (chunk, keys) in keys.chunks_exact_mut(CHUNK_TOKENS).enumerate() {
-                keys_of_chunk(level, job, lane, chunk, &room.query, keys);
+                keys_of_chunk(level, job, (lane, chunk), &room.query, &mut own.score, keys);
             }
             if let Some((count, sinks, positions)) = &select {
                 let scored = Instant::now();
@@ -163,23 +164,28 @@ impl Cpu {
         }
         let rooms: Vec<_> = self.lanes[..lanes].iter_mut().map(|room| (&room.query, Parts::new(&mut room.pieces))).collect();
         let pieces = sample.len().div_ceil(SAMPLE_PIECE);
-        self.pool.tasks(lanes * pieces, |_, task| {
+        let threads = Parts::new(&mut self.threads);
+        self.pool.tasks(lanes * pieces, |thread, task| {
             let (lane, piece) = (task / pieces, task % pieces);
-            // SAFETY: a piece is one task.
-            let totals = unsafe { rooms[lane].1.part(piece * group..(piece + 1) * group) };
-            level.enter(SamplePiece { job, lane, query: rooms[lane].0, sample, piece, totals });
+            // SAFETY: a piece is one task, and a thread uses the room of its own number.
+            let (totals, own) =
+                unsafe { (rooms[lane].1.part(piece * group..(piece + 1) * group), &mut threads.part(thread..thread + 1)[0]) };
+            level.enter(SamplePiece { job, lane, query: rooms[lane].0, sample, piece, room: &mut own.score, totals });
         });
         drop(rooms);
         for room in &mut self.lanes[..lanes] {
             room.query.normalise(&room.pieces);
         }
         let (rooms, parts, tasks) = (&self.lanes, Parts::new(keys), chunks.div_ceil(CHUNKS_A_TASK));
-        self.pool.tasks(lanes * tasks, |_, task| {
+        self.pool.tasks(lanes * tasks, |thread, task| {
             let (lane, first) = (task / tasks, task % tasks * CHUNKS_A_TASK);
+            // SAFETY: a thread uses the room of its own number.
+            let own = unsafe { &mut threads.part(thread..thread + 1)[0] };
             for chunk in first..chunks.min(first + CHUNKS_A_TASK) {
                 let at = (lane * chunks + chunk) * CHUNK_TOKENS;
                 // SAFETY: a chunk belongs to one task.
-                keys_of_chunk(level, job, lane, chunk, &rooms[lane].query, unsafe { parts.part(at..at + CHUNK_TOKENS) });
+                let keys = unsafe { parts.part(at..at + CHUNK_TOKENS) };
+                keys_of_chunk(level, job, (lane, chunk), &rooms[lane].query, &mut own.score, keys);
             }
         });
         let scored = Instant::now();
@@ -225,11 +231,18 @@ struct ScoreTimes {
     select: Duration,
 }
 
-fn keys_of_chunk(level: Level, job: &ScoreJob, lane: usize, chunk: usize, query: &LaneQuery, keys: &mut [u16]) {
-    let lane_bytes = CHUNK_TOKENS * job.coder.plan.label_bytes();
+fn keys_of_chunk(
+    level: Level,
+    job: &ScoreJob,
+    (lane, chunk): (usize, usize),
+    query: &LaneQuery,
+    room: &mut ScoreRoom,
+    keys: &mut [u16],
+) {
+    let lane_bytes = job.labels[chunk].len() / job.geometry.heads.lanes();
     let labels = |chunk: usize| &job.labels[chunk][lane * lane_bytes..(lane + 1) * lane_bytes];
     let next = labels((chunk + 1).min(job.labels.len() - 1));
-    level.enter(KeysOfChunk { plan: &job.coder.plan, query, labels: labels(chunk), next, keys });
+    level.enter(KeysOfChunk { plan: &job.coder.plan, query, labels: labels(chunk), next, room, keys });
 }
 
 impl Device for Cpu {

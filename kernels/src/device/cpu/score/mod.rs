@@ -1,9 +1,9 @@
 //! Importance keys: the sample first, which gives every head's normaliser, then one pass over all labels that writes keys.
 
 mod normaliser;
-mod tile;
+mod raw;
 
-use self::tile::{Heads, Tile, add_scores};
+use self::raw::{Heads, Labels, raw_scores};
 use super::simd::{Simd, Task, exp2_linear};
 use crate::device::ScoreJob;
 use crate::label::packing::BLOCK_TOKENS;
@@ -71,34 +71,54 @@ pub(super) struct KeysOfChunk<'a> {
     pub(super) labels: &'a [u8],
     /// The lane's labels in the next chunk, asked for ahead; in the last one its own again.
     pub(super) next: &'a [u8],
+    pub(super) room: &'a mut ScoreRoom,
     /// `[row]`.
     pub(super) keys: &'a mut [u16],
 }
 
-/// Keeps vectors from lying across cache lines.
+/// Working room of a thread; aligned so that no vector lies across cache lines.
 #[repr(align(64))]
-struct Aligned<T>(T);
+pub(super) struct ScoreRoom {
+    /// `[head of a few][row]`.
+    scores: [[f32; CHUNK_TOKENS]; 4],
+    /// `[row]`.
+    sums: [f32; CHUNK_TOKENS],
+    /// Labels of a piece of the sample, one block after the other.
+    labels: Vec<u8>,
+}
+
+impl Default for ScoreRoom {
+    fn default() -> Self {
+        Self { scores: [[0.0; CHUNK_TOKENS]; 4], sums: [0.0; CHUNK_TOKENS], labels: Vec::new() }
+    }
+}
+
+impl ScoreRoom {
+    /// Room for the scores of `G` heads, at most 4.
+    #[inline(always)]
+    fn scores<const G: usize>(&mut self) -> &mut [[f32; CHUNK_TOKENS]; G] {
+        self.scores.first_chunk_mut().expect("at most 4 heads at a time")
+    }
+}
 
 impl Task for KeysOfChunk<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        assert!(self.labels.len() == CHUNK_TOKENS * self.plan.label_bytes() && self.next.len() == self.labels.len());
-        assert_eq!(self.keys.len(), CHUNK_TOKENS);
-        let mut sums = Aligned([0.0; CHUNK_TOKENS]);
+    fn run<S: Simd>(mut self, simd: S) {
         let mut first = 0;
         while first < self.query.heads {
             let heads = Heads { plan: self.plan, query: self.query, first };
             first += match self.query.heads - first {
-                4.. => self.add_heads::<S, 4, 4>(simd, &heads, &mut sums.0),
-                2.. => self.add_heads::<S, 2, 8>(simd, &heads, &mut sums.0),
-                _ => self.add_heads::<S, 1, 16>(simd, &heads, &mut sums.0),
+                4.. => self.add_heads::<S, 4, 4>(simd, &heads),
+                2.. => self.add_heads::<S, 2, 8>(simd, &heads),
+                _ => self.add_heads::<S, 1, 16>(simd, &heads),
             };
         }
         let (smallest, largest) = (simd.splat(SMALLEST_KEYED), simd.splat(LARGEST_KEYED));
         let base = simd.words(SMALLEST_KEYED.to_bits().wrapping_neg());
-        for (sums, keys) in sums.0.as_chunks::<16>().0.iter().zip(self.keys.as_chunks_mut::<16>().0) {
+        assert_eq!(self.keys.len(), CHUNK_TOKENS);
+        for (sums, keys) in self.room.sums.as_chunks::<16>().0.iter().zip(self.keys.as_chunks_mut::<16>().0) {
             // SAFETY: 16 elements each.
             unsafe {
                 let sum = simd.min(simd.max(simd.load(sums.as_ptr()), smallest), largest);
@@ -109,26 +129,24 @@ impl Task for KeysOfChunk<'_> {
 }
 
 impl KeysOfChunk<'_> {
-    /// Adds the exponentials of `G` heads, whose number it returns, `T` blocks at a time.
+    /// Adds the exponentials of `G` heads, whose number it returns; those of the first heads begin the sums.
     #[inline(always)]
-    fn add_heads<S: Simd, const G: usize, const T: usize>(&self, simd: S, heads: &Heads, sums: &mut [f32; CHUNK_TOKENS]) -> usize {
-        let block_bytes = self.labels.len() / BLOCKS;
+    fn add_heads<S: Simd, const G: usize, const T: usize>(&mut self, simd: S, heads: &Heads) -> usize {
         let mut biases = [0.0; G];
         biases.copy_from_slice(&self.query.biases[heads.first..heads.first + G]);
-        for first in (0..BLOCKS).step_by(T) {
-            let part = first * block_bytes..(first + T) * block_bytes;
-            let tile = Tile::<T>::of_neighbours(&self.labels[part.clone()], &self.next[part]);
-            let mut scores = [biases.map(|bias| simd.splat(bias)); T];
-            add_scores::<S, G, T>(simd, heads, &tile, &mut scores);
-            for (scores, sums) in scores.into_iter().zip(&mut sums.as_chunks_mut::<16>().0[first..first + T]) {
+        // Labels of the next chunk are asked for once, with the first heads.
+        let next = if heads.first == 0 { self.next } else { self.labels };
+        raw_scores::<S, G, T>(simd, heads, Labels { these: self.labels, next }, biases, self.room.scores());
+        for block in 0..BLOCKS {
+            let sums = self.room.sums.as_chunks_mut::<16>().0[block].as_mut_ptr();
+            // SAFETY: 16 elements.
+            let mut sum = if heads.first == 0 { simd.splat(0.0) } else { unsafe { simd.load(sums) } };
+            for scores in &self.room.scores[..G] {
                 // SAFETY: 16 elements.
-                let mut sum = unsafe { simd.load(sums.as_ptr()) };
-                for score in scores {
-                    sum = simd.add(sum, exp2_linear(simd, score));
-                }
-                // SAFETY: as above.
-                unsafe { simd.store(sums.as_mut_ptr(), sum) };
+                sum = simd.add(sum, exp2_linear(simd, unsafe { simd.load(scores.as_chunks::<16>().0[block].as_ptr()) }));
             }
+            // SAFETY: as above.
+            unsafe { simd.store(sums, sum) };
         }
         G
     }

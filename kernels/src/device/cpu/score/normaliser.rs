@@ -2,15 +2,14 @@
 //!
 //! The sample is cut in pieces of fixed length, each summed by itself and put together in order, so that sums do not depend on threads.
 
-use std::ops::Range;
-
-use super::tile::{Heads, Tile, add_scores};
-use super::{BLOCKS, LaneQuery, STEPS};
+use super::raw::{Heads, Labels, raw_scores};
+use super::{BLOCKS, LaneQuery, STEPS, ScoreRoom};
 use crate::device::ScoreJob;
 use crate::device::cpu::simd::{Simd, Task, exp2_coarse};
+use crate::label::packing::BLOCK_TOKENS;
 
-/// Blocks of a piece: a multiple of every tile.
-pub(in crate::device::cpu) const SAMPLE_PIECE: usize = 64;
+/// Blocks of a piece: as many as a chunk has.
+pub(in crate::device::cpu) const SAMPLE_PIECE: usize = BLOCKS;
 
 /// One block of 16 rows of the sample.
 pub(in crate::device::cpu) struct Sampled {
@@ -40,6 +39,7 @@ pub(in crate::device::cpu) struct SamplePiece<'a> {
     pub(in crate::device::cpu) query: &'a LaneQuery,
     pub(in crate::device::cpu) sample: &'a [Sampled],
     pub(in crate::device::cpu) piece: usize,
+    pub(in crate::device::cpu) room: &'a mut ScoreRoom,
     /// `[head]`: maximum in log2, and sum of `2^(score - maximum)`.
     pub(in crate::device::cpu) totals: &'a mut [(f32, f32)],
 }
@@ -48,79 +48,77 @@ impl Task for SamplePiece<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
+    fn run<S: Simd>(mut self, simd: S) {
         assert_eq!(self.totals.len(), self.query.heads);
-        let blocks = self.piece * SAMPLE_PIECE..self.sample.len().min((self.piece + 1) * SAMPLE_PIECE);
+        let weights = self.collect(simd);
         let mut first = 0;
         while first < self.query.heads {
             let heads = Heads { plan: &self.job.coder.plan, query: self.query, first };
             let totals = &mut self.totals[first..];
-            let blocks = blocks.clone();
             first += match totals.len() {
-                4.. => sum_heads::<S, 4, 4>(simd, &heads, &Place { job: self.job, lane: self.lane, sample: self.sample }, blocks, totals),
-                2.. => sum_heads::<S, 2, 8>(simd, &heads, &Place { job: self.job, lane: self.lane, sample: self.sample }, blocks, totals),
-                _ => sum_heads::<S, 1, 16>(simd, &heads, &Place { job: self.job, lane: self.lane, sample: self.sample }, blocks, totals),
+                4.. => sum_heads::<S, 4, 4>(simd, &heads, self.room, &weights, totals),
+                2.. => sum_heads::<S, 2, 8>(simd, &heads, self.room, &weights, totals),
+                _ => sum_heads::<S, 1, 16>(simd, &heads, self.room, &weights, totals),
             };
         }
     }
 }
 
-/// Where the blocks of a lane's sample are.
-struct Place<'a> {
-    job: &'a ScoreJob<'a>,
-    lane: usize,
-    sample: &'a [Sampled],
-}
-
-impl<'a> Place<'a> {
-    /// The labels of a block of the sample, or of its last one.
+impl SamplePiece<'_> {
+    /// Puts the piece's labels together and asks for the next piece's; returns the blocks' weights. What lies beyond the sample's end counts
+    /// nothing.
     #[inline(always)]
-    fn block(&self, index: usize) -> &'a [u8] {
-        let sampled = &self.sample[index.min(self.sample.len() - 1)];
-        let page = self.job.labels[sampled.chunk];
-        let bytes = page.len() / (self.job.geometry.heads.lanes() * BLOCKS);
-        &page[(self.lane * BLOCKS + sampled.block) * bytes..][..bytes]
+    fn collect<S: Simd>(&mut self, simd: S) -> [f32; BLOCKS] {
+        let bytes = BLOCK_TOKENS * self.job.coder.plan.label_bytes();
+        let block = |sampled: &Sampled| &self.job.labels[sampled.chunk][(self.lane * BLOCKS + sampled.block) * bytes..][..bytes];
+        self.room.labels.resize(BLOCKS * bytes, 0);
+        let mut weights = [f32::MIN / 4.0; BLOCKS];
+        let rest = &self.sample[self.piece * SAMPLE_PIECE..];
+        for ((sampled, to), weight) in rest.iter().zip(self.room.labels.chunks_exact_mut(bytes)).zip(&mut weights) {
+            to.copy_from_slice(block(sampled));
+            *weight = sampled.weight;
+        }
+        for sampled in rest.iter().skip(SAMPLE_PIECE).take(SAMPLE_PIECE) {
+            let next = block(sampled);
+            for line in (0..bytes).step_by(64) {
+                simd.prefetch(next.as_ptr().wrapping_add(line));
+            }
+        }
+        weights
     }
 }
 
-/// Sums `G` heads, whose number it returns, over the `blocks` of the sample, `T` at a time; every lane of a vector keeps its own maximum.
+/// Maxima and sums of `G` heads, whose number it returns.
 #[inline(always)]
 fn sum_heads<S: Simd, const G: usize, const T: usize>(
     simd: S,
     heads: &Heads,
-    place: &Place,
-    blocks: Range<usize>,
+    room: &mut ScoreRoom,
+    weights: &[f32; BLOCKS],
     totals: &mut [(f32, f32)],
 ) -> usize {
-    /// Tiles that are asked for ahead: a page of labels for every block, none of which the processor foresees.
-    const AHEAD: usize = 2;
-    let unit = simd.splat(1.0 / STEPS);
-    let (mut maxima, mut sums) = ([simd.splat(f32::MIN); G], [simd.splat(0.0); G]);
-    for first in blocks.clone().step_by(T) {
-        let tile = Tile::<T> {
-            blocks: std::array::from_fn(|block| place.block(first + block)),
-            next: std::array::from_fn(|block| place.block(first + AHEAD * T + block)),
-        };
-        // What lies beyond the end counts nothing.
-        let weight = |index: usize| if index < blocks.end { place.sample[index].weight } else { f32::MIN / 4.0 };
-        let mut scores: [[S::Floats; G]; T] = std::array::from_fn(|block| [simd.splat(weight(first + block)); G]);
-        add_scores::<S, G, T>(simd, heads, &tile, &mut scores);
-        for head in 0..G {
-            let mut largest = maxima[head];
-            for scores in &scores {
-                largest = simd.max(largest, scores[head]);
-            }
-            sums[head] = simd.mul(sums[head], exp2_coarse(simd, simd.mul(simd.sub(maxima[head], largest), unit)));
-            for scores in &scores {
-                sums[head] = simd.add(sums[head], exp2_coarse(simd, simd.mul(simd.sub(scores[head], largest), unit)));
-            }
-            maxima[head] = largest;
+    let labels = std::mem::take(&mut room.labels);
+    raw_scores::<S, G, T>(simd, heads, Labels { these: &labels, next: &labels }, [0.0; G], room.scores());
+    room.labels = labels;
+    // SAFETY: 16 elements.
+    let load = |head: usize, block: usize| unsafe { simd.load(room.scores[head].as_chunks::<16>().0[block].as_ptr()) };
+    // Heads side by side: the chains of one head's maximum and sum alone would leave the processor waiting.
+    let mut maxima = [simd.splat(f32::MIN); G];
+    for (block, &weight) in weights.iter().enumerate() {
+        for (head, largest) in maxima.iter_mut().enumerate() {
+            *largest = simd.max(*largest, simd.add(load(head, block), simd.splat(weight)));
+        }
+    }
+    let largest = maxima.map(|largest| simd.largest(largest));
+    let mut sums = [simd.splat(0.0); G];
+    for (block, &weight) in weights.iter().enumerate() {
+        for (head, sum) in sums.iter_mut().enumerate() {
+            let above = simd.add(load(head, block), simd.splat(weight - largest[head]));
+            *sum = simd.add(*sum, exp2_coarse(simd, simd.mul(above, simd.splat(1.0 / STEPS))));
         }
     }
     for head in 0..G {
-        let largest = simd.largest(maxima[head]);
-        let powers = exp2_coarse(simd, simd.mul(simd.sub(maxima[head], simd.splat(largest)), unit));
-        totals[head] = (largest / STEPS, simd.sum(simd.mul(sums[head], powers)));
+        totals[head] = (largest[head] / STEPS, simd.sum(sums[head]));
     }
     G
 }
