@@ -231,14 +231,7 @@ struct ScoreTimes {
     select: Duration,
 }
 
-fn keys_of_chunk(
-    level: Level,
-    job: &ScoreJob,
-    (lane, chunk): (usize, usize),
-    query: &LaneQuery,
-    room: &mut ScoreRoom,
-    keys: &mut [u16],
-) {
+fn keys_of_chunk(level: Level, job: &ScoreJob, (lane, chunk): (usize, usize), query: &LaneQuery, room: &mut ScoreRoom, keys: &mut [u16]) {
     let lane_bytes = job.labels[chunk].len() / job.geometry.heads.lanes();
     let labels = |chunk: usize| &job.labels[chunk][lane * lane_bytes..(lane + 1) * lane_bytes];
     let next = labels((chunk + 1).min(job.labels.len() - 1));
