@@ -204,14 +204,14 @@ impl KeyTrace {
     /// The recorded layer and step whose keys lane `lane` (of `lanes` a layer) of layer `layer` has in `step` of a bench.
     ///
     /// Lanes take the recorded layers in turn, so that each serves an equal part (to within one lane). Time runs to the trace's end and back
-    /// again, so that consecutive steps stay consecutive, and every lane starts at a fixed place of its own: the multiples of the golden
-    /// ratio, which lie evenly however many lanes there are.
+    /// again, so that consecutive steps stay consecutive. The lanes of one recorded layer start at fixed places of their own: the multiples
+    /// of the golden ratio, which lie evenly however many lanes there are.
     #[must_use]
     pub fn lane_source(&self, layer: usize, lane: usize, lanes: usize, step: usize) -> (usize, usize) {
         let index = layer * lanes + lane;
         let period = 2 * (self.steps - 1);
-        let fraction = (index as u32).wrapping_mul(0x9E37_79B9);
-        let offset = (u64::from(fraction) * period as u64 >> 32) as usize;
+        let fraction = ((index / self.layers) as u32).wrapping_mul(0x9E37_79B9);
+        let offset = ((u64::from(fraction) * period as u64) >> 32) as usize;
         let time = (offset + step % period) % period;
         (index % self.layers, if time < self.steps { time } else { period - time })
     }

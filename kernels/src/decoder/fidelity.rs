@@ -4,9 +4,10 @@ use crate::budget::Settings;
 use crate::label::LabelPlan;
 
 /// Digest of the selector, budget and plan under which rows were made by sparse steps. Rows made by dense attention have none.
+/// The version in the key counts definitions of importance ([`crate::device::ScoreJob`]); the second has sampled normalisers.
 #[must_use]
 pub fn fidelity_digest(settings: &Settings, plan: Option<&LabelPlan>) -> [u8; 32] {
-    let mut hasher = blake3::Hasher::new_derive_key("sluice v1 fidelity of double sparsity rows");
+    let mut hasher = blake3::Hasher::new_derive_key("sluice v2 fidelity of double sparsity rows");
     let budget = match settings.budget {
         crate::budget::Budget::Dense => [0; 4],
         crate::budget::Budget::Ratio { numerator, denominator, floor_tokens, cap_tokens } => {

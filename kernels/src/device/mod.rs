@@ -65,9 +65,17 @@ pub struct LabelJob<'a> {
 /// Score all rows before the horizon (`labels.len() * 256` of them) against one query token and merge the group's heads into one
 /// importance per (lane, row).
 ///
-/// The label score of query head h and row i is `softmax_scale * sum over groups of unit[h][group] * (sum over the group's channels of
-/// weight[h][c] * code[i][c])`, with weights and units by [`crate::label::HeadWeights`]. The importance of row i in a lane is the sum over
-/// the lane's query heads of the softmax of that score over all rows of the job; its key is [`crate::select::importance_key`].
+/// The label score of query head h and row i, in log2, is `x[h][i] = log2(e) * softmax_scale * sum over groups of unit[h][group] * (sum over
+/// the group's channels of weight[h][c] * code[i][c])`, with weights and units by [`crate::label::HeadWeights`].
+///
+/// A head's normaliser is the log-sum-exp of a sample of its scores, `L[h] = log2(sum over the sample of weight * 2^x[h][i])`. Of n chunks the
+/// sample has the first and the last whole, with weight 1, and of every other chunk c those blocks b of 16 rows for which
+/// `b % stride = 5 c % stride`, with weight `stride`: 1 for n up to 64, 2 up to 128, 4 up to 256, 8 up to 512, and 16 above. Up to 16,384
+/// rows it is thus the exact log-sum-exp.
+///
+/// The importance of row i in a lane is the sum over the lane's query heads of `lin(x[h][i] - L[h])`, the difference being clamped to
+/// [-126, 7] and `lin(y) = 2^floor(y) * (1 + y - floor(y))`: the softmax, with straight lines between the powers of two. Its key is
+/// [`crate::select::importance_key`].
 #[derive(Clone, Copy)]
 pub struct ScoreJob<'a> {
     /// Shape of the rows.

@@ -5,7 +5,7 @@ use sluice_kernels::shape::RowType;
 use crate::data::{Layer, Shape};
 use crate::{all_devices, cpu};
 
-/// Keys of all lanes, from the definitions alone: quantised keys against the integer query, softmax, sum over heads.
+/// Keys of all lanes, from the definitions alone: quantised keys against the integer query, the sample's sum, linear exponentials, sum over heads.
 fn expected_keys(layer: &Layer, coder: &LabelCoder, query: &[f32]) -> Vec<u16> {
     let Shape { lanes, group, dim, tokens, .. } = layer.shape;
     let mut keys = Vec::new();
@@ -30,18 +30,37 @@ fn expected_keys(layer: &Layer, coder: &LabelCoder, query: &[f32]) -> Vec<u16> {
                     }
                 }
             }
-            let top = scores.iter().fold(f64::MIN, |top, &score| top.max(score));
-            let sum: f64 = scores.iter().map(|score| (score - top).exp()).sum();
+            let normaliser = sampled_sum(&scores);
             for (importance, score) in importance.iter_mut().zip(&scores) {
-                *importance += (score - top).exp() / sum;
+                let y = (score * std::f64::consts::LOG2_E - normaliser).clamp(-126.0, 7.0);
+                let below = 2f64.powf(y.floor());
+                *importance += below + below * y.fract().rem_euclid(1.0);
             }
         }
         for value in importance {
-            let bits = (value.max(2f64.powi(-121)) as f32).to_bits();
+            let bits = (value.clamp(2f64.powi(-121), 127.999_99) as f32).to_bits();
             keys.push(((bits >> 14) - (6 << 9)) as u16);
         }
     }
     keys
+}
+
+/// Logarithm to base 2 of a head's sum of exponentials over the sample.
+fn sampled_sum(scores: &[f64]) -> f64 {
+    let chunks = scores.len() / 256;
+    let mut stride = 1;
+    while stride < 16 && chunks > 64 * stride {
+        stride *= 2;
+    }
+    let top = scores.iter().fold(f64::MIN, |top, &score| top.max(score));
+    let mut sum = 0.0;
+    for (chunk, scores) in scores.chunks(256).enumerate() {
+        let all: f64 = scores.iter().map(|score| (score - top).exp()).sum();
+        let some = scores.chunks(16).skip(5 * chunk % stride).step_by(stride).flatten();
+        let some: f64 = some.map(|score| (score - top).exp()).sum();
+        sum += if chunk == 0 || chunk == chunks - 1 { all } else { stride as f64 * some };
+    }
+    top / std::f64::consts::LN_2 + sum.log2()
 }
 
 fn labels_of(layer: &Layer, coder: &LabelCoder) -> Vec<Vec<u8>> {
@@ -63,6 +82,11 @@ fn keys_are_within_one_step_of_the_definition() {
         ("8@2", 1, 1, 64, 256),
         ("24@2", 2, 7, 96, 512),
         ("16@16", 1, 8, 256, 4608),
+        // Samples of one block in 2, 4, 8 and 16.
+        ("16@4", 1, 2, 64, 65 * 256),
+        ("16@4", 1, 1, 64, 130 * 256),
+        ("8@4+8@2", 1, 3, 32, 257 * 256),
+        ("8@4", 1, 4, 32, 600 * 256),
     ];
     for (seed, (plan, lanes, group, dim, tokens)) in cases.into_iter().enumerate() {
         let plan: LabelPlan = plan.parse().expect("a plan");

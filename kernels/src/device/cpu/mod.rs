@@ -22,7 +22,7 @@ use self::label::LabelLane;
 use self::many::{QueryTile, Room, queries_a_tile};
 use self::parts::Parts;
 use self::pool::{DEFAULT_SPIN, SpinPool};
-use self::score::{HeadFactors, KeysOfChunk, LaneQuery, LaneScores, ScoreChunk};
+use self::score::{KeysOfChunk, LaneQuery, SAMPLE_PIECE, SamplePiece, Sampled, ScoreRoom, sampled_blocks};
 use self::select::SelectLane;
 use super::{AttendJob, Device, DeviceError, LabelJob, ManyJob, ScoreJob, SelectJob, StepJob, StepResult, StepTimes};
 use crate::slot::CHUNK_TOKENS;
@@ -39,6 +39,7 @@ pub struct Cpu {
     pool: SpinPool,
     /// Of each lane, or of each thread when threads take whole lanes.
     lanes: Vec<LaneRoom>,
+    sample: Vec<Sampled>,
     threads: Vec<ThreadRoom>,
     partials: Vec<f32>,
     keys: Vec<u16>,
@@ -48,16 +49,25 @@ pub struct Cpu {
 #[derive(Default)]
 struct LaneRoom {
     query: LaneQuery,
-    scores: LaneScores,
+    /// What each piece of the sample left, `[piece][head]`.
+    pieces: Vec<(f32, f32)>,
 }
 
 /// Working room of a thread.
 #[derive(Default)]
 struct ThreadRoom {
     scores: Vec<f32>,
-    totals: Vec<(f32, f32)>,
+    score: Box<ScoreRoom>,
     select: Vec<u16>,
     many: Room,
+}
+
+impl LaneRoom {
+    /// Prepares `lane`, all but its normalisers, and makes room for the pieces of the sample.
+    fn set(&mut self, job: &ScoreJob, lane: usize, sample: &[Sampled]) {
+        self.query.set(job, lane);
+        self.pieces.resize(sample.len().div_ceil(SAMPLE_PIECE) * job.geometry.heads.group(), (0.0, 0.0));
+    }
 }
 
 impl Cpu {
@@ -79,6 +89,7 @@ impl Cpu {
             level,
             name: format!("cpu-{}", format!("{level:?}").to_lowercase()),
             lanes: Vec::new(),
+            sample: Vec::new(),
             threads: (0..pool.threads()).map(|_| ThreadRoom::default()).collect(),
             partials: Vec::new(),
             keys: Vec::new(),
@@ -98,6 +109,7 @@ impl Cpu {
         }
         let threads = self.pool.threads();
         self.lanes.resize_with(lanes.max(threads), LaneRoom::default);
+        sampled_blocks(chunks, &mut self.sample);
         if lanes.is_multiple_of(threads) || lanes >= 4 * threads {
             self.lanes_apart(job, keys, select)
         } else {
@@ -105,11 +117,11 @@ impl Cpu {
         }
     }
 
-    /// Each thread takes whole lanes, whose weights then stay in its caches between the two passes and the selection.
+    /// Each thread takes whole lanes, whose keys then stay in its caches until their selection.
     fn lanes_apart(&mut self, job: &ScoreJob, keys: &mut [u16], select: Option<Selection>) -> ScoreTimes {
         let (lanes, chunks, group, level) = (job.geometry.heads.lanes(), job.labels.len(), job.geometry.heads.group(), self.level);
         let (rooms, threads, keys) = (Parts::new(&mut self.lanes), Parts::new(&mut self.threads), Parts::new(keys));
-        let rows = chunks * CHUNK_TOKENS;
+        let (rows, sample) = (chunks * CHUNK_TOKENS, &self.sample[..]);
         let start = Instant::now();
         let selecting = AtomicU64::new(0);
         let counted = self.pool.threads().min(lanes) as u32;
@@ -123,20 +135,13 @@ impl Cpu {
                     keys.part(lane * rows..(lane + 1) * rows),
                 )
             };
-            room.query.set(job, lane);
-            room.scores.resize(group, chunks);
-            let (query, scores) = (&room.query, &mut room.scores);
-            for chunk in 0..chunks {
-                let weights = &mut scores.weights[chunk * group * CHUNK_TOKENS..(chunk + 1) * group * CHUNK_TOKENS];
-                score_chunk(level, job, lane, chunk, query, weights, &mut own.totals);
-                for (head, &(largest, sum)) in own.totals.iter().enumerate() {
-                    let at = head * chunks.next_multiple_of(16) + chunk;
-                    (scores.maxima[at], scores.sums[at]) = (largest, sum);
-                }
+            room.set(job, lane, sample);
+            for (piece, totals) in room.pieces.chunks_exact_mut(group).enumerate() {
+                level.enter(SamplePiece { job, lane, query: &room.query, sample, piece, room: &mut own.score, totals });
             }
-            head_factors(level, chunks, scores);
-            for chunk in 0..chunks {
-                keys_of_chunk(level, group, chunk, scores, &mut keys[chunk * CHUNK_TOKENS..(chunk + 1) * CHUNK_TOKENS]);
+            room.query.normalise(&room.pieces);
+            for (chunk, keys) in keys.chunks_exact_mut(CHUNK_TOKENS).enumerate() {
+                keys_of_chunk(level, job, (lane, chunk), &room.query, &mut own.score, keys);
             }
             if let Some((count, sinks, positions)) = &select {
                 let scored = Instant::now();
@@ -150,52 +155,37 @@ impl Cpu {
         ScoreTimes { score: start.elapsed().saturating_sub(select), select }
     }
 
-    /// Threads share every lane: all chunks, then all factors, then all keys, then selection by lane.
+    /// Threads share every lane: its sample, then its keys, then selection by lane.
     fn lanes_shared(&mut self, job: &ScoreJob, keys: &mut [u16], select: Option<Selection>) -> ScoreTimes {
         let (lanes, chunks, group, level) = (job.geometry.heads.lanes(), job.labels.len(), job.geometry.heads.group(), self.level);
-        let start = Instant::now();
+        let (start, sample) = (Instant::now(), &self.sample[..]);
         for (lane, room) in self.lanes[..lanes].iter_mut().enumerate() {
-            room.query.set(job, lane);
-            room.scores.resize(group, chunks);
+            room.set(job, lane, sample);
         }
+        let rooms: Vec<_> = self.lanes[..lanes].iter_mut().map(|room| (&room.query, Parts::new(&mut room.pieces))).collect();
+        let pieces = sample.len().div_ceil(SAMPLE_PIECE);
         let threads = Parts::new(&mut self.threads);
-        let rooms: Vec<_> = self.lanes[..lanes]
-            .iter_mut()
-            .map(|room| {
-                (&room.query, Parts::new(&mut room.scores.weights), Parts::new(&mut room.scores.maxima), Parts::new(&mut room.scores.sums))
-            })
-            .collect();
-        let tasks = chunks.div_ceil(CHUNKS_A_TASK);
-        self.pool.tasks(lanes * tasks, |thread, task| {
-            let (lane, first) = (task / tasks, task % tasks * CHUNKS_A_TASK);
-            let (query, weights, maxima, sums) = &rooms[lane];
-            // SAFETY: a thread uses the room of its own number.
-            let own = unsafe { &mut threads.part(thread..thread + 1)[0] };
-            for chunk in first..chunks.min(first + CHUNKS_A_TASK) {
-                // SAFETY: a chunk belongs to one task.
-                let weights = unsafe { weights.part(chunk * group * CHUNK_TOKENS..(chunk + 1) * group * CHUNK_TOKENS) };
-                score_chunk(level, job, lane, chunk, query, weights, &mut own.totals);
-                for (head, &(largest, sum)) in own.totals.iter().enumerate() {
-                    let at = head * chunks.next_multiple_of(16) + chunk;
-                    // SAFETY: a chunk belongs to one task.
-                    unsafe {
-                        maxima.part(at..at + 1)[0] = largest;
-                        sums.part(at..at + 1)[0] = sum;
-                    }
-                }
-            }
+        self.pool.tasks(lanes * pieces, |thread, task| {
+            let (lane, piece) = (task / pieces, task % pieces);
+            // SAFETY: a piece is one task, and a thread uses the room of its own number.
+            let (totals, own) =
+                unsafe { (rooms[lane].1.part(piece * group..(piece + 1) * group), &mut threads.part(thread..thread + 1)[0]) };
+            level.enter(SamplePiece { job, lane, query: rooms[lane].0, sample, piece, room: &mut own.score, totals });
         });
         drop(rooms);
         for room in &mut self.lanes[..lanes] {
-            head_factors(level, chunks, &mut room.scores);
+            room.query.normalise(&room.pieces);
         }
-        let (rooms, parts) = (&self.lanes, Parts::new(keys));
-        self.pool.tasks(lanes * tasks, |_, task| {
+        let (rooms, parts, tasks) = (&self.lanes, Parts::new(keys), chunks.div_ceil(CHUNKS_A_TASK));
+        self.pool.tasks(lanes * tasks, |thread, task| {
             let (lane, first) = (task / tasks, task % tasks * CHUNKS_A_TASK);
+            // SAFETY: a thread uses the room of its own number.
+            let own = unsafe { &mut threads.part(thread..thread + 1)[0] };
             for chunk in first..chunks.min(first + CHUNKS_A_TASK) {
                 let at = (lane * chunks + chunk) * CHUNK_TOKENS;
                 // SAFETY: a chunk belongs to one task.
-                keys_of_chunk(level, group, chunk, &rooms[lane].scores, unsafe { parts.part(at..at + CHUNK_TOKENS) });
+                let keys = unsafe { parts.part(at..at + CHUNK_TOKENS) };
+                keys_of_chunk(level, job, (lane, chunk), &rooms[lane].query, &mut own.score, keys);
             }
         });
         let scored = Instant::now();
@@ -241,32 +231,11 @@ struct ScoreTimes {
     select: Duration,
 }
 
-fn score_chunk(
-    level: Level,
-    job: &ScoreJob,
-    lane: usize,
-    chunk: usize,
-    query: &LaneQuery,
-    weights: &mut [u16],
-    totals: &mut Vec<(f32, f32)>,
-) {
-    let lane_bytes = CHUNK_TOKENS * job.coder.plan.label_bytes();
-    totals.resize(job.geometry.heads.group(), (0.0, 0.0));
-    let range = lane * lane_bytes..(lane + 1) * lane_bytes;
-    let next = job.labels.get(chunk + 1).map_or(&[][..], |page| &page[range.clone()]);
-    level.enter(ScoreChunk { plan: &job.coder.plan, query, labels: &job.labels[chunk][range], next, weights, totals });
-}
-
-fn head_factors(level: Level, chunks: usize, scores: &mut LaneScores) {
-    let padded = chunks.next_multiple_of(16);
-    for (maxima, sums) in scores.maxima.chunks_exact(padded).zip(scores.sums.chunks_exact_mut(padded)) {
-        level.enter(HeadFactors { maxima, sums });
-    }
-}
-
-fn keys_of_chunk(level: Level, group: usize, chunk: usize, scores: &LaneScores, keys: &mut [u16]) {
-    let weights = &scores.weights[chunk * group * CHUNK_TOKENS..(chunk + 1) * group * CHUNK_TOKENS];
-    level.enter(KeysOfChunk { weights, factors: &scores.sums, chunk, heads: group, keys });
+fn keys_of_chunk(level: Level, job: &ScoreJob, (lane, chunk): (usize, usize), query: &LaneQuery, room: &mut ScoreRoom, keys: &mut [u16]) {
+    let lane_bytes = job.labels[chunk].len() / job.geometry.heads.lanes();
+    let labels = |chunk: usize| &job.labels[chunk][lane * lane_bytes..(lane + 1) * lane_bytes];
+    let next = labels((chunk + 1).min(job.labels.len() - 1));
+    level.enter(KeysOfChunk { plan: &job.coder.plan, query, labels: labels(chunk), next, room, keys });
 }
 
 impl Device for Cpu {

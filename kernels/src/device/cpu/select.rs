@@ -45,19 +45,19 @@ struct Threshold {
 fn find_threshold<S: Simd>(simd: S, keys: &[u16], wanted: usize, room: &mut Vec<u16>) -> Threshold {
     const LEAST_ROWS: usize = 16 * 1024;
     if keys.len() < LEAST_ROWS {
-        return search(keys, wanted, 0);
+        return search(simd, keys, wanted, 0);
     }
-    let (low, high) = sample_bracket(keys, wanted, room);
+    let (low, high) = sample_bracket(simd, keys, wanted, room);
     let above = collect_between(simd, keys, low, high, room);
     if above >= wanted || above + room.len() < wanted {
-        return search(keys, wanted, 0);
+        return search(simd, keys, wanted, 0);
     }
-    search(room, wanted, above)
+    search(simd, room, wanted, above)
 }
 
 /// Two keys between which the threshold most likely lies: the sample's own thresholds for some more and some fewer rows.
 #[inline(always)]
-fn sample_bracket(keys: &[u16], wanted: usize, room: &mut Vec<u16>) -> (u16, u16) {
+fn sample_bracket<S: Simd>(simd: S, keys: &[u16], wanted: usize, room: &mut Vec<u16>) -> (u16, u16) {
     const ONE_IN: usize = 8;
     room.clear();
     let vectors = keys.as_chunks::<32>().0;
@@ -67,8 +67,8 @@ fn sample_bracket(keys: &[u16], wanted: usize, room: &mut Vec<u16>) -> (u16, u16
     let expected = wanted * room.len() / keys.len();
     // Four standard deviations of a sample of single rows.
     let margin = 8 + 4 * expected.isqrt();
-    let low = search(room, (expected + margin).clamp(1, room.len()), 0).key;
-    let high = if expected > margin { search(room, expected - margin, 0).key } else { u16::MAX };
+    let low = search(simd, room, (expected + margin).clamp(1, room.len()), 0).key;
+    let high = if expected > margin { search(simd, room, expected - margin, 0).key } else { u16::MAX };
     (low, high)
 }
 
@@ -110,12 +110,13 @@ fn reach_above<S: Simd>(simd: S, keys: &[u16; 32], key: u16) -> u32 {
 
 /// The largest key that at least `wanted` rows reach, among `keys` and `above` rows of larger keys; two bits at a time.
 #[inline(always)]
-fn search(keys: &[u16], wanted: usize, above: usize) -> Threshold {
+fn search<S: Simd>(simd: S, keys: &[u16], wanted: usize, above: usize) -> Threshold {
     let mut key = 0u16;
     // Rows that reach the next larger key still in question.
     let mut larger = above;
     for shift in (0..16).step_by(2).rev() {
-        let counts = count_at_least(keys, [key + (1 << shift), key + (2 << shift), key + (3 << shift)]).map(|count| count + above);
+        let bounds = [key + (1 << shift), key + (2 << shift), key + (3 << shift)];
+        let counts = count_at_least(simd, keys, bounds).map(|count| count + above);
         let digit = counts.iter().take_while(|&&count| count >= wanted).count();
         if digit < 3 {
             larger = counts[digit];
@@ -127,26 +128,16 @@ fn search(keys: &[u16], wanted: usize, above: usize) -> Threshold {
 
 /// How many keys are at least each bound.
 #[inline(always)]
-fn count_at_least(keys: &[u16], bounds: [u16; 3]) -> [usize; 3] {
-    const LANES: usize = 64;
-    let mut totals = [0usize; 3];
-    // Counters are 16 bits wide, and count once for every LANES keys.
-    for piece in keys.chunks(LANES * 32_768) {
-        let (vectors, tail) = piece.as_chunks::<LANES>();
-        let mut counts = [[0u16; LANES]; 3];
-        for vector in vectors {
-            for (counts, bound) in counts.iter_mut().zip(bounds) {
-                for (count, &key) in counts.iter_mut().zip(vector) {
-                    *count += u16::from(key >= bound);
-                }
-            }
-        }
-        for index in 0..3 {
-            totals[index] += counts[index].iter().map(|&count| usize::from(count)).sum::<usize>();
-            totals[index] += tail.iter().filter(|&&key| key >= bounds[index]).count();
+fn count_at_least<S: Simd>(simd: S, keys: &[u16], bounds: [u16; 3]) -> [usize; 3] {
+    let (vectors, tail) = keys.as_chunks::<32>();
+    let mut counts = bounds.map(|bound| tail.iter().filter(|&&key| key >= bound).count());
+    for vector in vectors {
+        for (count, bound) in counts.iter_mut().zip(bounds) {
+            // SAFETY: 32 keys.
+            *count += unsafe { simd.at_least(vector.as_ptr(), bound) }.count_ones() as usize;
         }
     }
-    totals
+    counts
 }
 
 #[inline(always)]

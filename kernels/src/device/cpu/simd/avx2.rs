@@ -15,6 +15,7 @@ impl Avx2 {
     }
 }
 
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn enter<T: Task>(simd: Avx2, task: T) -> T::Output {
     task.run(simd)

@@ -20,6 +20,7 @@ impl Avx512 {
     }
 }
 
+#[inline(never)]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,bmi1,bmi2,popcnt,lzcnt")]
 fn enter<T: Task>(simd: Avx512, task: T) -> T::Output {
     task.run(simd)

@@ -25,6 +25,15 @@ pub(crate) fn exp2_coarse<S: Simd>(simd: S, x: S::Floats) -> S::Floats {
     simd.floats_of(simd.add_words(simd.bits(sum), simd.shl::<23>(simd.bits(shifted))))
 }
 
+/// The f32 whose bits are `steps`, clamped to [2^-126, 2^7] and cut to a whole number: 2^y as straight lines between powers of two, where
+/// `steps` is 2^23 (y + 127).
+#[inline(always)]
+pub(crate) fn exp2_linear<S: Simd>(simd: S, steps: S::Floats) -> S::Floats {
+    const LOWEST: f32 = (1 << 23) as f32;
+    const HIGHEST: f32 = 134.0 * (1 << 23) as f32;
+    simd.floats_of(simd.to_words(simd.min(simd.max(steps, simd.splat(LOWEST)), simd.splat(HIGHEST))))
+}
+
 /// `2^n` times a polynomial of x - n, where n is x rounded to nearest.
 #[inline(always)]
 fn exp2_by<S: Simd, const N: usize>(simd: S, x: S::Floats, coefficients: [f32; N]) -> S::Floats {

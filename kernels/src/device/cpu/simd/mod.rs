@@ -11,7 +11,7 @@ mod avx512;
 mod math;
 mod portable;
 
-pub(super) use math::{exp2, exp2_coarse};
+pub(super) use math::{exp2, exp2_coarse, exp2_linear};
 
 /// Work that can run under any instruction set.
 pub(super) trait Task {
@@ -106,7 +106,7 @@ pub(super) trait Simd: Copy {
     fn floats_of(self, a: Self::Words) -> Self::Floats;
     /// Each word, as a signed integer, in f32.
     fn to_floats(self, a: Self::Words) -> Self::Floats;
-    /// Whole numbers between 0 and 65,535 as words.
+    /// Numbers between 0 and 2^31 - 1 as words, cut to whole ones.
     fn to_words(self, a: Self::Floats) -> Self::Words;
     /// Adds to each word the products of its four unsigned bytes with the four signed bytes of `weights`.
     /// The bytes of `codes` are below `2^BITS`; BITS is 2, 4 or 8.
