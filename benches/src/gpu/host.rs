@@ -41,7 +41,7 @@ impl HostCache {
         let slots = layout.slots_in(1 << 30) as usize;
         let sealed = chunks - 1;
         let count = sealed.div_ceil(slots);
-        let mut order: Vec<u32> = (0..count * slots).map(|slot| ((slot / slots) << 16 | slot % slots) as u32).collect();
+        let mut order: Vec<u32> = (0..count * slots).map(|slot| (((slot / slots) << 16) | (slot % slots)) as u32).collect();
         order.shuffle(&mut StdRng::seed_from_u64(seed));
         let mut places = order[..sealed].to_vec();
         places.push((count << 16) as u32);
