@@ -1,6 +1,7 @@
 //! The CUDA sources compile, for every kind of specialisation, on a machine without a GPU.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use sluice_kernels::device::cuda::compile::{CompileError, Compiler, LIBRARY_VARIABLE, Target};
@@ -29,16 +30,18 @@ fn plans(head_dim: u16) -> Vec<LabelPlan> {
     [LabelPlan::small(head_dim), LabelPlan::large(head_dim)].into_iter().chain(named).collect()
 }
 
-/// Every pair of (row type, channels) three times, with groups and plans in turn.
-fn specialisations() -> Vec<Specialisation> {
+/// Every pair of (row type, channels) for every target, with groups and plans in turn.
+fn specialisations() -> Vec<(Specialisation, Target)> {
     let mut all = Vec::new();
     for (t, row_type) in [RowType::F32, RowType::F16, RowType::Bf16].into_iter().enumerate() {
         for (d, head_dim) in [64u16, 96, 128, 256].into_iter().enumerate() {
             let plans = plans(head_dim);
-            for turn in 0..3 {
+            for (turn, target) in TARGETS.into_iter().enumerate() {
                 let group = [1, 2, 4, 7, 8, 16][(t + 2 * d + 3 * turn) % 6];
                 let plan = plans[(d + 3 * turn + t) % plans.len()].clone();
-                all.push(Specialisation { head_dim: usize::from(head_dim), row_type, group, plan: Some(plan), replays_trace: false });
+                let specialisation =
+                    Specialisation { head_dim: usize::from(head_dim), row_type, group, plan: Some(plan), replays_trace: false };
+                all.push((specialisation, target));
             }
         }
     }
@@ -49,17 +52,25 @@ fn specialisations() -> Vec<Specialisation> {
 fn every_source_compiles_for_every_specialisation() {
     let Some(compiler) = compiler() else { return };
     let start = Instant::now();
-    let mut count = 0;
-    for (index, specialisation) in specialisations().iter().enumerate() {
-        // Three turns of each pair follow each other.
-        let target = TARGETS[index % 3];
-        for source in Source::ALL {
-            let cubin = source.compile(&compiler, specialisation, target).expect("the source compiles");
-            assert!(cubin.starts_with(b"\x7fELF"), "{} for {target}", source.name());
-            count += 1;
+    let all = specialisations();
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+            scope.spawn(|| {
+                while let Some(specialisation) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    compile_all(&compiler, specialisation);
+                }
+            });
         }
+    });
+    println!("compiled {} modules in {:.1?}", all.len() * Source::ALL.len(), start.elapsed());
+}
+
+fn compile_all(compiler: &Compiler, (specialisation, target): &(Specialisation, Target)) {
+    for source in Source::ALL {
+        let cubin = source.compile(compiler, specialisation, *target).expect("the source compiles");
+        assert!(cubin.starts_with(b"\x7fELF"), "{} for {target}", source.name());
     }
-    println!("compiled {count} modules in {:.1?}", start.elapsed());
 }
 
 #[test]
@@ -84,7 +95,7 @@ fn a_cached_module_is_read_and_a_damaged_one_compiled_anew() {
     let Some(compiler) = compiler() else { return };
     let folder = tempfile::tempdir().expect("folder");
     let compiler = compiler.with_cache(Some(folder.path().join("a").join("b")));
-    let specialisation = &specialisations()[3];
+    let (specialisation, _) = &specialisations()[3];
     let compile = || Source::Label.compile(&compiler, specialisation, TARGETS[1]).expect("it compiles");
     let cubin = compile();
     let file = only_file(&folder.path().join("a").join("b"));

@@ -43,7 +43,7 @@ fn all_layers(decoder: &mut Decoder, sequence: &mut Sequence, position: usize, a
 
 #[test]
 fn a_step_gives_the_same_bits_before_and_after_sealing() {
-    for kind in DeviceKind::ALL {
+    for kind in support::device_kinds() {
         let mut decoder = Decoder::new(open(kind, 2).expect("device"));
         let mut daemon = TestDaemon::new(shape(), Some(calibration(&shape())), 16);
         let mut sequence = daemon.attach(SPARSE, None, 0);
@@ -73,7 +73,7 @@ fn everything_in_the_budget_is_dense() {
 
 #[test]
 fn dense_attention_equals_a_plain_softmax_over_the_rows() {
-    for kind in DeviceKind::ALL {
+    for kind in support::device_kinds() {
         let mut decoder = Decoder::new(open(kind, 2).expect("device"));
         let mut daemon = TestDaemon::new(shape(), None, 4);
         let mut sequence = daemon.attach(SPARSE, None, 0);
@@ -233,7 +233,7 @@ fn truncation_forgets_what_follows() {
 
 #[test]
 fn hot_rows_never_change_a_result() {
-    for kind in DeviceKind::ALL {
+    for kind in support::device_kinds() {
         let mut decoder = Decoder::new(open(kind, 2).expect("device"));
         let mut daemon = TestDaemon::new(shape(), Some(calibration(&shape())), 6);
         let mut sequence = daemon.attach(SPARSE, None, 0);
@@ -279,7 +279,7 @@ fn window_rows_that_were_taken_away_are_refused_even_by_an_old_holder() {
 
 #[test]
 fn a_sparse_step_equals_a_plain_softmax_over_the_rows_it_names() {
-    for kind in DeviceKind::ALL {
+    for kind in support::device_kinds() {
         let mut decoder = Decoder::new(open(kind, 2).expect("device"));
         let daemon = TestDaemon::new(shape(), Some(calibration(&shape())), 8);
         let mut sequence = daemon.attach(SPARSE, None, 0);

@@ -7,59 +7,76 @@ use thiserror::Error;
 
 use super::Device;
 use super::cpu::Cpu;
+use super::cuda::{Cuda, CudaError};
 use super::reference::Reference;
 
-/// A device that can be asked for. There is no fallback from one to another.
+/// A device that can be asked for. There is no fallback from one to another. In files it is its name: `reference`, `cpu`, `cuda:0`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(try_from = "String", into = "String")]
 pub enum DeviceKind {
     /// The plain reference: one thread, double precision, slow. The oracle of the others.
     Reference,
     /// All cores, with the widest instructions that this CPU has.
     Cpu,
+    /// A GPU, by its number among those that the driver shows.
+    Cuda {
+        /// The number.
+        ordinal: u32,
+    },
 }
 
 impl DeviceKind {
-    /// Every kind.
-    pub const ALL: [Self; 2] = [Self::Reference, Self::Cpu];
+    /// The kinds that every machine has.
+    pub const EVERYWHERE: [Self; 2] = [Self::Reference, Self::Cpu];
 }
 
 impl fmt::Display for DeviceKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Reference => "reference",
-            Self::Cpu => "cpu",
-        })
+        match self {
+            Self::Reference => f.write_str("reference"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda { ordinal } => write!(f, "cuda:{ordinal}"),
+        }
     }
 }
 
-/// A name that is no device of this build.
+impl From<DeviceKind> for String {
+    fn from(kind: DeviceKind) -> Self {
+        kind.to_string()
+    }
+}
+
+/// A name that is no device.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum ParseDeviceError {
-    /// CUDA devices are known by name, but this build has no driver for them.
-    #[error("device {text:?}: looked for the CUDA device, which this build does not contain; served: reference, cpu")]
-    Cuda {
-        /// What was given.
-        text: String,
-    },
-    /// Not the name of a device.
-    #[error("device {text:?}: not one of reference, cpu")]
-    Unknown {
-        /// What was given.
-        text: String,
-    },
+#[error("device {text:?}: not one of reference, cpu, cuda, cuda:N (N from 0 on)")]
+pub struct ParseDeviceError {
+    /// What was given.
+    pub text: String,
 }
 
 impl FromStr for DeviceKind {
     type Err = ParseDeviceError;
 
     fn from_str(text: &str) -> Result<Self, ParseDeviceError> {
+        let unknown = || ParseDeviceError { text: text.to_owned() };
         match text {
             "reference" => Ok(Self::Reference),
             "cpu" => Ok(Self::Cpu),
-            _ if text == "cuda" || text.starts_with("cuda:") => Err(ParseDeviceError::Cuda { text: text.to_owned() }),
-            _ => Err(ParseDeviceError::Unknown { text: text.to_owned() }),
+            "cuda" => Ok(Self::Cuda { ordinal: 0 }),
+            _ => {
+                let digits = text.strip_prefix("cuda:").filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()));
+                let ordinal = digits.and_then(|digits| digits.parse().ok()).ok_or_else(unknown)?;
+                Ok(Self::Cuda { ordinal })
+            }
         }
+    }
+}
+
+impl TryFrom<String> for DeviceKind {
+    type Error = ParseDeviceError;
+
+    fn try_from(text: String) -> Result<Self, ParseDeviceError> {
+        text.parse()
     }
 }
 
@@ -84,15 +101,23 @@ pub enum DeviceError {
         /// What the operating system said.
         source: std::io::Error,
     },
+    /// A GPU that is not here, or cannot be used.
+    #[error("device {kind}: {source}")]
+    Cuda {
+        /// The device asked for.
+        kind: DeviceKind,
+        /// What is missing, and what was looked for.
+        source: Box<CudaError>,
+    },
 }
 
 /// Most threads of one device.
 pub const MAX_THREADS: usize = 256;
 
-/// Opens a device with `threads` compute threads, the caller's own included. The reference uses one whatever is asked for.
+/// Opens a device with `threads` compute threads, the caller's own included. The reference and a GPU use one whatever is asked for.
 ///
 /// # Errors
-/// A thread count that is out of bounds, or a thread that could not be started.
+/// A thread count that is out of bounds, a thread that could not be started, or a GPU that is not here.
 pub fn open(kind: DeviceKind, threads: usize) -> Result<Box<dyn Device>, DeviceError> {
     if threads == 0 || threads > MAX_THREADS {
         return Err(DeviceError::Threads { threads, max: MAX_THREADS });
@@ -100,5 +125,6 @@ pub fn open(kind: DeviceKind, threads: usize) -> Result<Box<dyn Device>, DeviceE
     Ok(match kind {
         DeviceKind::Reference => Box::new(Reference),
         DeviceKind::Cpu => Box::new(Cpu::open(threads)?),
+        DeviceKind::Cuda { ordinal } => Box::new(Cuda::open(ordinal).map_err(|error| DeviceError::Cuda { kind, source: Box::new(error) })?),
     })
 }

@@ -39,6 +39,14 @@ pub(crate) fn calibration(shape: &ModelShape) -> Arc<Calibration> {
     Arc::new(Calibration { version: 1, plan: LabelPlan::small(64), text_hash: String::new(), seed: 0, tokens: 0, layers })
 }
 
+/// The devices that every machine has, and the GPU where `SLUICE_TEST_DEVICES` names cuda; a machine without one then fails the tests.
+pub(crate) fn device_kinds() -> Vec<DeviceKind> {
+    let asked = std::env::var("SLUICE_TEST_DEVICES").is_ok_and(|devices| devices.split(',').any(|device| device == "cuda"));
+    let kinds: Vec<_> = DeviceKind::EVERYWHERE.into_iter().chain(asked.then_some(DeviceKind::Cuda { ordinal: 0 })).collect();
+    eprintln!("devices covered: {}", kinds.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "));
+    kinds
+}
+
 pub(crate) struct TestDaemon {
     pub(crate) folder: tempfile::TempDir,
     pub(crate) shape: Arc<ModelShape>,

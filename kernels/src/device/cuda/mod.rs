@@ -15,6 +15,7 @@ pub mod module;
 pub mod open;
 pub mod probe;
 pub mod staged;
+mod staged_step;
 pub mod step;
 pub mod stream;
 pub mod streamed;

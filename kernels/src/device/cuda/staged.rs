@@ -1,6 +1,7 @@
 //! The CUDA device for jobs in host memory.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use cudarc::driver::CudaStream;
 
@@ -11,8 +12,9 @@ use super::label::Labeller;
 use super::many::Queries;
 use super::module::{Modules, Source, Specialisation};
 use super::open::Gpu;
+use super::staged_step;
 use super::streamed::{PIECE_BYTES, Streamed};
-use crate::device::{LabelJob, LayerGeometry, ManyJob};
+use crate::device::{AttendJob, Device, LabelJob, LayerGeometry, ManyJob, ScoreJob, SelectJob, StepJob, StepResult, StepTimes};
 
 /// Shapes of layers whose halves for streaming are kept.
 const KEPT_SHAPES: usize = 4;
@@ -53,22 +55,12 @@ impl Cuda {
         })
     }
 
-    /// Ordinal, name and architecture.
-    #[must_use]
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
     /// The device, its compiled kernels, and the stream on which verbs run.
     pub fn parts(&mut self) -> (&mut Modules, &Arc<CudaStream>) {
         (&mut self.modules, &self.stream)
     }
 
-    /// [`crate::device::Device::label`].
-    ///
-    /// # Errors
-    /// What the compiler or the driver says.
-    pub fn label(&mut self, job: &LabelJob, out: &mut [u8]) -> Result<(), CudaError> {
+    fn try_label(&mut self, job: &LabelJob, out: &mut [u8]) -> Result<(), CudaError> {
         let label_bytes = job.geometry.heads.lanes() * crate::slot::CHUNK_TOKENS * job.coder.plan.label_bytes();
         assert!(out.len() == label_bytes && job.page.len() == job.geometry.page_bytes(), "bytes of a page and of its labels");
         let module = self.modules.get(Source::Label, &Specialisation::labels(&job.geometry, &job.coder.plan))?;
@@ -82,11 +74,8 @@ impl Cuda {
         self.labels.read(&self.stream, 0, out)
     }
 
-    /// [`crate::device::Device::attend_many`]: pages are streamed in pieces.
-    ///
-    /// # Errors
-    /// What the compiler or the driver says.
-    pub fn attend_many(&mut self, job: &ManyJob, output: &mut [f32], lse: &mut [f32]) -> Result<(), CudaError> {
+    /// Pages are streamed in pieces.
+    fn try_attend_many(&mut self, job: &ManyJob, output: &mut [f32], lse: &mut [f32]) -> Result<(), CudaError> {
         let (heads, head_dim) = (job.geometry.heads.query_heads(), job.geometry.head_dim);
         let count = job.queries.len() / (heads * head_dim);
         assert!(job.queries.len() == count * heads * head_dim && output.len() == job.queries.len(), "queries and outputs");
@@ -111,5 +100,59 @@ impl Cuda {
         unsafe { self.streamed[index].1.attend(&self.stream, queries, job.pages, self.outputs.address(), self.lse.address()) }?;
         self.outputs.read(&self.stream, 0, output)?;
         self.lse.read(&self.stream, 0, lse)
+    }
+}
+
+/// A verb gives no error, and after a failure of the device nothing more can be computed there.
+fn done<T>(name: &str, result: Result<T, CudaError>) -> T {
+    result.unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+impl Device for Cuda {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn label(&mut self, job: &LabelJob, out: &mut [u8]) {
+        let result = self.try_label(job, out);
+        done(&self.name, result);
+    }
+
+    fn score(&mut self, job: &ScoreJob, keys: &mut [u16]) {
+        done(&self.name, staged_step::score(&mut self.modules, &self.stream, job, keys));
+    }
+
+    fn select(&mut self, job: &SelectJob, positions: &mut [u32]) {
+        done(&self.name, staged_step::select(&mut self.modules, &self.stream, job, positions));
+    }
+
+    fn attend(&mut self, job: &AttendJob, output: &mut [f32], lse: &mut [f32]) {
+        done(&self.name, staged_step::attend(&mut self.modules, &self.stream, job, output, lse));
+    }
+
+    fn attend_many(&mut self, job: &ManyJob, output: &mut [f32], lse: &mut [f32]) {
+        let result = self.try_attend_many(job, output, lse);
+        done(&self.name, result);
+    }
+
+    fn step(&mut self, job: &StepJob, result: StepResult) -> StepTimes {
+        let (lanes, rows) = (job.geometry.heads.lanes(), job.horizon());
+        let mut keys = vec![0; lanes * rows];
+        let start = Instant::now();
+        self.score(&job.score(), &mut keys);
+        let scored = Instant::now();
+        self.select(&SelectJob { keys: &keys, lanes, rows, count: job.count, sinks: job.sinks }, result.positions);
+        let selected = Instant::now();
+        self.attend(&job.attend(result.positions), result.output, result.lse);
+        StepTimes { score: scored - start, select: selected - scored, attend: selected.elapsed() }
+    }
+
+    fn mass_kept(&mut self, job: &AttendJob) -> Vec<f32> {
+        let heads = job.geometry.heads.query_heads();
+        let (mut output, mut kept, mut all) = (vec![0.0; heads * job.geometry.head_dim], vec![0.0; heads], vec![0.0; heads]);
+        self.attend(job, &mut output, &mut kept);
+        let dense = AttendJob { listed: &[], listed_per_lane: 0, exact_from: 0, hot: None, ..*job };
+        self.attend(&dense, &mut output, &mut all);
+        kept.iter().zip(&all).map(|(kept, all)| (kept - all).exp().min(1.0)).collect()
     }
 }

@@ -9,14 +9,14 @@ use super::module::{Grid, Kernel, Module, Source, Specialisation};
 use super::open::Gpu;
 
 /// Threads of the kernels' blocks, as their sources say.
-const SAMPLE_THREADS: usize = 512;
-const SCORE_THREADS: usize = 512;
-const SELECT_THREADS: usize = 512;
+pub(super) const SAMPLE_THREADS: usize = 512;
+pub(super) const SCORE_THREADS: usize = 512;
+pub(super) const SELECT_THREADS: usize = 512;
 const PICK_THREADS: usize = 512;
 const GATHER_THREADS: usize = 1024;
-const ATTEND_THREADS: usize = 128;
+pub(super) const ATTEND_THREADS: usize = 128;
 const APPEND_THREADS: usize = 128;
-const MERGE_THREADS: usize = 512;
+pub(super) const MERGE_THREADS: usize = 512;
 /// Blocks that share a lane's hot places while victims are picked.
 const PICK_BLOCKS: usize = 32;
 /// Most lanes that the gather keeps count of.
