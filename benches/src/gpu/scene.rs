@@ -99,7 +99,8 @@ impl Scene<'_> {
             max_tokens: self.context,
             max_count: sparse.settings.selected_tokens(self.context),
             kept: Kept::Pool(sparse.pool),
-            tail_chunks: 3,
+            // The horizon leaves at most 511 rows.
+            tail_chunks: 2,
             block_rows: BatchShape::block_rows_for(
                 sparse.settings.selected_tokens(self.context) + CHUNK_TOKENS,
                 self.geometry().heads.lanes(),

@@ -140,7 +140,8 @@ __device__ __forceinline__ Update update_state(const ManyJob &job, const Place &
     float before = minus_infinity(), before_sum = 0.0f;
     if (valid && job.split == 0) {
         before = maxima[at];
-        before_sum = sums[at];
+        // A state that is still empty has a maximum and nothing else.
+        if (before != minus_infinity()) before_sum = sums[at];
     }
     // Every thread of the row has read before one writes.
     __syncwarp();
