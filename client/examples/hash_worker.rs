@@ -7,7 +7,7 @@
 //! verified <rows>
 //! done
 //! ```
-//! Every fifth token it stores its position as opaque state (Direct). Before token GATE (0: none) it waits for a line on its input, so that
+//! Every fifth token it stores its position as opaque state. Before token GATE (0: none) it waits for a line on its input, so that
 //! it cannot be done before its fate has come.
 
 #[path = "../tests/support/mod.rs"]
@@ -120,7 +120,7 @@ fn advance(session: &mut Session, arguments: &Arguments, ids: &[u32], paths: &[u
     let outputs = decode(session, ids, paths, AttendMode::Sparse)?;
     let bytes: Vec<u8> = bits(&outputs).iter().flat_map(|word| word.to_le_bytes()).collect();
     say(&format!("token {position} {:016x}", xxh3_64(&bytes)));
-    if position.is_multiple_of(5) && arguments.attach != Attach::Stream {
+    if position.is_multiple_of(5) {
         session.store_opaque(&(position as u64).to_le_bytes())?;
     }
     if position.is_multiple_of(97) {

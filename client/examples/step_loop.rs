@@ -1,5 +1,5 @@
 //! Decodes tokens directly between marks that strace shows: `statx` of the files /sluice-mark-0, /sluice-mark-1 and so on, one before every
-//! ten tokens and one at the end. Between two tokens it computes on its own for PAUSE_US microseconds, as a model would. It says how long a
+//! two tokens and one at the end. Between two tokens it computes on its own for PAUSE_US microseconds, as a model would. It says how long a
 //! token took.
 
 #[path = "../tests/support/mod.rs"]
@@ -18,7 +18,7 @@ use support::{fill, options, plain_shape, register, sparse_settings};
 const PROMPT: usize = 700;
 const WARM: usize = 100;
 const TOKENS: usize = 200;
-const WINDOW: usize = 10;
+const WINDOW: usize = 2;
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();

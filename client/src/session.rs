@@ -331,14 +331,22 @@ impl Session {
         Ok(if most > CHUNK_TOKENS { most / CHUNK_TOKENS * CHUNK_TOKENS } else { most.max(1) })
     }
 
-    /// Stores state (token sampler, position in a text) for whoever resumes the sequence after this process died. Direct only.
+    /// Stores state (token sampler, position in a text) for whoever resumes the sequence after this process died; at most 4072 bytes. Direct:
+    /// without the daemon.
     ///
     /// # Errors
-    /// Too long, or a Stream session.
+    /// Too long, or the daemon cannot be asked (Stream).
     pub fn store_opaque(&mut self, state: &[u8]) -> Result<(), ClientError> {
         match &mut self.way {
-            Way::Stream(_) => Err(ClientError::Unsupported { what: "store_opaque", needed: "Attach::Direct" }),
             Way::Direct(way) => way.store_opaque(state),
+            Way::Stream(_) => {
+                let request = v1::StoreOpaqueRequest { lease: Some(self.core.lease), state: state.to_vec().into() };
+                let connection = self.core.client.connection();
+                let stored = connection
+                    .call("StoreOpaque", Retry::Idempotent, request, async |client, request| client.store_opaque(request).await)?;
+                self.core.boot_epoch = stored.boot_epoch;
+                Ok(())
+            }
         }
     }
 

@@ -7,8 +7,10 @@ use std::process::Command;
 use support::daemon::{Daemon, DaemonOptions, target_folder};
 
 const TOKENS: usize = 200;
+/// Tokens between two marks.
+const WINDOW: usize = 2;
 
-/// The calls of a traced loop, by window of ten tokens: those of the decoding thread and of the device's other threads.
+/// The calls of a traced loop, by window of two tokens: those of the decoding thread and of the device's other threads.
 fn trace(threads: usize, pause_us: usize) -> Vec<Vec<String>> {
     let daemon = Daemon::start(DaemonOptions::default());
     drop(daemon.client());
@@ -29,7 +31,7 @@ fn trace(threads: usize, pause_us: usize) -> Vec<Vec<String>> {
     let mut computing = vec![lines[mark(0)].0];
     computing.extend(lines.iter().filter(|(_, call)| call.contains("PR_SET_NAME, \"sluice-cpu-")).map(|&(task, _)| task));
     assert_eq!(computing.len(), threads, "the device's threads in the trace");
-    let windows = (0..TOKENS / 10).map(|window| {
+    let windows = (0..TOKENS / WINDOW).map(|window| {
         let inside = &lines[mark(window) + 1..mark(window + 1)];
         // A call that was under way at the mark is an answer only.
         let calls = inside.iter().filter(|(task, call)| computing.contains(task) && !call.contains("resumed>"));
@@ -52,7 +54,7 @@ fn two_threads_make_no_system_call_between_tokens_that_follow_one_another() {
     println!("back to back: {} calls in {TOKENS} tokens, {quiet} of {} windows without one", calls.len(), windows.len());
     // A thread that loses its core for longer than it would spin goes to sleep, and is woken by the next step: nothing else is ever called.
     assert!(calls.iter().all(|call| call.starts_with("futex(") || call.starts_with("sched_yield(")), "{calls:?}");
-    assert!(quiet > 0, "not ten tokens in a row without a system call: {:?}", &calls[..calls.len().min(20)]);
+    assert!(quiet > 0, "not two tokens in a row without a system call: {:?}", &calls[..calls.len().min(20)]);
 }
 
 #[test]

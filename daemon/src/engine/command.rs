@@ -272,6 +272,8 @@ pub enum Command {
     Truncate(LeaseKey, u64, Reply<u64>),
     /// Closes a sequence.
     Close(LeaseKey, Reply<()>),
+    /// Stores opaque state of a sequence that the daemon decodes for.
+    StoreOpaque(LeaseKey, Vec<u8>, Reply<()>),
     /// Lists sequences of a model, or of all.
     List(Option<u64>, Reply<Vec<SequenceInfo>>),
     /// Counts what there is.

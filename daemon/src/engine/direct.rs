@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use sluice_kernels::label::Calibration;
 use sluice_kernels::shared::folder::{open_read_only, open_writable};
-use sluice_kernels::shared::open::MAX_WRITERS;
+use sluice_kernels::shared::open::{MAX_OPAQUE_BYTES, MAX_WRITERS};
 
 use crate::engine::command::{Attach, Attached, HolderFiles, HolderSegment, LeaseKey, Peer};
 use crate::engine::error::EngineError;
@@ -142,6 +142,19 @@ impl Engine {
         let calibration = model.labels.as_ref().map(|labels| Arc::clone(&labels.calibration));
         let shape = Arc::clone(&model.shape);
         Ok(HolderFiles { lease: key, board, open, shape, calibration, settings, open_slots, table_chunks, committed, writer })
+    }
+
+    /// Stores opaque state for a holder that has no descriptor of its open slots.
+    pub(crate) fn store_opaque(&mut self, key: LeaseKey, state: &[u8]) -> Result<(), EngineError> {
+        if state.len() > MAX_OPAQUE_BYTES {
+            return Err(EngineError::invalid("state", format!("{} bytes", state.len()), format!("0 to {MAX_OPAQUE_BYTES} bytes")));
+        }
+        let sequence = self.leased_sound(key)?;
+        if sequence.record.direct {
+            let state = "attached directly".to_owned();
+            return Err(EngineError::State { what: "sequence", id: key.sequence, state, needed: "its holder stores the state itself" });
+        }
+        Ok(sequence.open.store_opaque(state)?)
     }
 
     /// A segment for a holder of the same model.

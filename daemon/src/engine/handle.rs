@@ -142,6 +142,14 @@ impl EngineHandle {
         self.call(|reply| Command::Close(lease, reply)).await
     }
 
+    /// Stores opaque state for whoever resumes a sequence that the daemon decodes for.
+    ///
+    /// # Errors
+    /// Stale lease, too many bytes, a sequence that was attached directly.
+    pub async fn store_opaque(&self, lease: LeaseKey, state: Vec<u8>) -> Result<(), EngineError> {
+        self.call(|reply| Command::StoreOpaque(lease, state, reply)).await
+    }
+
     /// Held and parked sequences.
     ///
     /// # Errors

@@ -249,6 +249,10 @@ impl Engine {
                 let result = self.holder_segment(lease, segment);
                 self.finish(result, reply)
             }
+            Command::StoreOpaque(lease, state, reply) => {
+                let result = self.store_opaque(lease, &state);
+                self.finish(result, reply)
+            }
             Command::CalibrationOf(lease, reply) => {
                 let result = self.calibration_of(lease);
                 self.finish(result, reply)

@@ -88,7 +88,10 @@ impl Engine {
     /// Has spares of the size that was wanted last made, as far as their number and the bytes of open slots allow.
     pub(crate) fn plan_spares(&mut self, bytes: u64) {
         let most = self.config.spare_files;
-        while most > 0 {
+        if most == 0 {
+            return;
+        }
+        loop {
             if self.spares.count() >= most && (self.spares.has(bytes) || !self.spares.drop_oldest(Some(bytes))) {
                 return;
             }

@@ -117,6 +117,13 @@ impl Sluice for SluiceService {
         Ok(Response::new(v1::TruncateResponse { boot_epoch: self.engine.boot_epoch(), committed_tokens }))
     }
 
+    async fn store_opaque(&self, request: Request<v1::StoreOpaqueRequest>) -> Result<Response<v1::StoreOpaqueResponse>, Status> {
+        let request = request.into_inner();
+        let lease = self.checked(convert::lease(request.lease.as_ref()))?;
+        self.engine.store_opaque(lease, request.state.to_vec()).await?;
+        Ok(Response::new(v1::StoreOpaqueResponse { boot_epoch: self.engine.boot_epoch() }))
+    }
+
     async fn close(&self, request: Request<v1::CloseRequest>) -> Result<Response<v1::CloseResponse>, Status> {
         let lease = self.checked(convert::lease(request.into_inner().lease.as_ref()))?;
         self.engine.close(lease).await?;

@@ -274,3 +274,19 @@ async fn a_batch_is_of_one_model_and_rows_fit_a_message() {
     let says = &["rows of ANSWER_ROWS", "106400 bytes", "101376 bytes a message", "limits.message_bytes"];
     check(vec![Case { what: "rows over the limit", says, refusal: Refusal::InvalidArgument, result }]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn opaque_state_is_bounded_and_a_direct_holder_stores_its_own() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let engine = start(config(folder.path()));
+    let model = register(&engine, &shape(None)).await;
+    let lease = open(&engine, model, &[]).await.lease;
+    engine.store_opaque(lease, vec![7; 4072]).await.expect("it fits");
+    let says = &["state", "4073 bytes", "0 to 4072 bytes"];
+    let result = of(engine.store_opaque(lease, vec![7; 4073]).await);
+    let mut cases = vec![Case { what: "too long", says, refusal: Refusal::InvalidArgument, result }];
+    engine.attach(Attach { lease, lanes: None }).await.expect("a ticket");
+    let result = of(engine.store_opaque(lease, vec![7]).await);
+    cases.push(Case { what: "direct", says: &["attached directly"], refusal: Refusal::FailedPrecondition, result });
+    check(cases);
+}

@@ -368,6 +368,27 @@ impl OpenFile {
         self.write(self.layout.row_at(class, plane, self.checked(slot)?, lane, 0), rows)
     }
 
+    /// Stores opaque state for a sequence that no worker has mapped, as [`OpenSlots::store_opaque`] does for one.
+    ///
+    /// # Errors
+    /// More than [`MAX_OPAQUE_BYTES`], or the file cannot be written.
+    pub fn store_opaque(&self, state: &[u8]) -> Result<(), SharedError> {
+        if state.len() > MAX_OPAQUE_BYTES {
+            return Err(SharedError::Bound { field: "opaque_state", value: state.len() as u64, low: 0, high: MAX_OPAQUE_BYTES as u64 });
+        }
+        let buffer_at = |which: usize| self.layout.opaque_at + which as u64 * PAGE_BYTES;
+        let mut numbers = [0u64; 2];
+        for (which, number) in numbers.iter_mut().enumerate() {
+            self.read(buffer_at(which) + 8, bytemuck::bytes_of_mut(number))?;
+        }
+        let first = buffer_at(usize::from(numbers[0] > numbers[1]));
+        self.write(first + 8, &0u64.to_le_bytes())?;
+        self.write(first + 24, state)?;
+        self.write(first, &(state.len() as u64).to_le_bytes())?;
+        self.write(first + 16, &xxh3_64(state).to_le_bytes())?;
+        self.write(first + 8, &(numbers[0].max(numbers[1]) + 1).to_le_bytes())
+    }
+
     /// The opaque state stored last, if a whole one exists.
     ///
     /// # Errors
