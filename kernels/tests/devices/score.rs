@@ -141,3 +141,35 @@ fn a_query_of_zeros_makes_all_rows_alike() {
         assert!(keys.iter().all(|&key| key.abs_diff(113 * 512) <= 1), "{}: {:?}", device.name(), &keys[..4]);
     }
 }
+
+#[test]
+fn a_row_that_the_sample_missed_has_the_largest_key_and_changes_no_other() {
+    let plan: LabelPlan = "8@4".parse().expect("a plan");
+    // 66 chunks: of chunk 3 the sample has the odd blocks.
+    let mut layer = Layer::new(Shape { lanes: 1, group: 1, dim: 32, tokens: 66 * 256, row_type: RowType::F32 }, 5);
+    let coder = layer.coder(&plan);
+    let keys_with_needle = |row: usize, device: &mut dyn sluice_kernels::device::Device| {
+        let mut codes = vec![0; 66 * 256 * 8];
+        codes[(3 * 256 + row) * 8..][..8].fill(15);
+        let mut labels = vec![0; 66 * 256 * 4];
+        for (codes, labels) in codes.chunks(256 * 8).zip(labels.chunks_mut(256 * 4)) {
+            sluice_kernels::label::encode(&plan, codes, labels);
+        }
+        let labels: Vec<&[u8]> = labels.chunks(256 * 4).collect();
+        let mut keys = vec![0; 66 * 256];
+        device.score(&ScoreJob { geometry: layer.geometry, query: &[100.0; 32], labels: &labels, coder: &coder }, &mut keys);
+        let needle = keys.remove(3 * 256 + row);
+        (needle, keys)
+    };
+    for mut device in all_devices() {
+        let (needle, others) = keys_with_needle(5, device.as_mut());
+        assert_eq!(needle, u16::MAX, "{}", device.name());
+        // 1/16,896 is 2^-14.044, on the line from 2^-15 to 2^-14 at 0.956.
+        let expected = 106 * 512 + 489;
+        assert!(others.iter().all(|&key| key.abs_diff(expected) <= 1), "{}: {:?}", device.name(), &others[..4]);
+        // Sampled, it stands for two, and leaves nothing to the others.
+        let (needle, others) = keys_with_needle(16 + 5, device.as_mut());
+        assert!(needle.abs_diff(120 * 512) <= 1, "{}: {needle}", device.name());
+        assert!(others.iter().all(|&key| key == 0), "{}: {:?}", device.name(), &others[..4]);
+    }
+}
