@@ -274,7 +274,7 @@ mod tests {
             let error = format!("{:#}", parse(&flags).expect("parses").check().expect_err(part));
             assert!(error.contains(part), "{error}");
         }
-        for flags in [["--ratio", "2/1"], ["--context", "many"], ["--device", "cuda"], ["--label", "tiny"]] {
+        for flags in [["--ratio", "2/1"], ["--context", "many"], ["--device", "cuda:x"], ["--label", "tiny"]] {
             assert!(parse(&flags).is_err(), "{flags:?}");
         }
     }
