@@ -389,16 +389,6 @@ impl Batch {
         Ok(())
     }
 
-    /// Copies label pages of consecutive chunks, `[chunk][lane][256 x label_bytes]`, of one layer to the device.
-    ///
-    /// # Errors
-    /// A failed copy.
-    pub fn load_labels(&mut self, layer: usize, slot: usize, first_chunk: usize, labels: &[u8]) -> Result<(), CudaError> {
-        let page = self.shape.lanes() * CHUNK_TOKENS * self.shape.plan.label_bytes();
-        let first = (slot * self.shape.chunks() + first_chunk) * page;
-        self.layers[layer].labels.write(&self.stream, first, labels)
-    }
-
     /// Labels chunks `chunks` of a slot in one layer from their rows on the host. Waits.
     ///
     /// # Errors
@@ -430,16 +420,6 @@ impl Batch {
             unsafe { Probe::copy(&self.stream, to, host.page_address(layer, self.seats[slot][chunk]), page_bytes)? };
         }
         self.stream.synchronize().doing("fetching rows")
-    }
-
-    /// Copies rows of one chunk from the horizon on, `[lane][256][row_bytes]`, to the device.
-    ///
-    /// # Errors
-    /// A failed copy.
-    pub fn load_tail(&mut self, layer: usize, slot: usize, chunk: usize, page: &[u8]) -> Result<(), CudaError> {
-        assert_eq!(page.len(), self.shape.geometry.page_bytes(), "bytes of a page");
-        let at = (slot * self.shape.tail_chunks + chunk % self.shape.tail_chunks) * page.len();
-        self.layers[layer].tail.write(&self.stream, at, page)
     }
 
     /// Device address of the pages from the horizon on of a slot in a layer: chunk c lies at page `c % tail_chunks`.

@@ -33,14 +33,7 @@ impl<T: Pod> DeviceBuffer<T> {
     /// # Errors
     /// Memory that the device does not have.
     pub fn zeroed(context: &Arc<CudaContext>, len: usize) -> Result<Self, CudaError> {
-        let buffer = Self::uninitialised(context, len)?;
-        if len > 0 {
-            // SAFETY: the buffer has this many bytes and no one else knows its address.
-            unsafe { sys::cuMemsetD8_v2(buffer.address, 0, buffer.bytes()) }.result().doing("clearing device memory")?;
-            // The memset may run on after the call, on a stream that others do not wait for.
-            context.synchronize().doing("clearing device memory")?;
-        }
-        Ok(buffer)
+        Self::of_bytes(context, len, 0)
     }
 
     /// `len` elements of which every bit is one.
@@ -48,11 +41,16 @@ impl<T: Pod> DeviceBuffer<T> {
     /// # Errors
     /// Memory that the device does not have.
     pub fn filled(context: &Arc<CudaContext>, len: usize) -> Result<Self, CudaError> {
+        Self::of_bytes(context, len, 0xFF)
+    }
+
+    fn of_bytes(context: &Arc<CudaContext>, len: usize, byte: u8) -> Result<Self, CudaError> {
         let buffer = Self::uninitialised(context, len)?;
         if len > 0 {
             // SAFETY: the buffer has this many bytes and no one else knows its address.
-            unsafe { sys::cuMemsetD8_v2(buffer.address, 0xFF, buffer.bytes()) }.result().doing("filling device memory")?;
-            context.synchronize().doing("filling device memory")?;
+            unsafe { sys::cuMemsetD8_v2(buffer.address, byte, buffer.bytes()) }.result().doing("setting device memory")?;
+            // The memset may run on after the call, on a stream that others do not wait for.
+            context.synchronize().doing("setting device memory")?;
         }
         Ok(buffer)
     }
@@ -192,15 +190,7 @@ impl<T: Pod> DeviceBuffer<T> {
     /// # Errors
     /// A call that the driver refuses.
     pub fn clear(&mut self, stream: &CudaStream, range: Range<usize>) -> Result<(), CudaError> {
-        let to = self.checked(range.start, range.len());
-        self.context.bind_to_thread().doing("entering the context")?;
-        if !range.is_empty() {
-            // SAFETY: the range lies in the buffer.
-            unsafe { sys::cuMemsetD8Async(to, 0, range.len() * size_of::<T>(), stream.cu_stream()) }
-                .result()
-                .doing("clearing device memory")?;
-        }
-        Ok(())
+        self.set_bytes(stream, range, 0)
     }
 
     /// Enqueues ones into every bit of the elements of `range`.
@@ -208,13 +198,17 @@ impl<T: Pod> DeviceBuffer<T> {
     /// # Errors
     /// A call that the driver refuses.
     pub fn fill(&mut self, stream: &CudaStream, range: Range<usize>) -> Result<(), CudaError> {
+        self.set_bytes(stream, range, 0xFF)
+    }
+
+    fn set_bytes(&mut self, stream: &CudaStream, range: Range<usize>, byte: u8) -> Result<(), CudaError> {
         let to = self.checked(range.start, range.len());
         self.context.bind_to_thread().doing("entering the context")?;
         if !range.is_empty() {
             // SAFETY: the range lies in the buffer.
-            unsafe { sys::cuMemsetD8Async(to, 0xFF, range.len() * size_of::<T>(), stream.cu_stream()) }
+            unsafe { sys::cuMemsetD8Async(to, byte, range.len() * size_of::<T>(), stream.cu_stream()) }
                 .result()
-                .doing("filling device memory")?;
+                .doing("setting device memory")?;
         }
         Ok(())
     }

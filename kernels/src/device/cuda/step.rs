@@ -27,7 +27,6 @@ pub const MAX_LANES: usize = 64;
 pub struct StepKernels {
     sample: Kernel,
     score: Kernel,
-    count_keys: Kernel,
     count_part: Kernel,
     compact: Kernel,
     pick_victims: Kernel,
@@ -64,7 +63,6 @@ impl StepKernels {
         Ok(Self {
             sample: score.overlapping_kernel("sample")?,
             score: score.overlapping_kernel("score")?,
-            count_keys: select.overlapping_kernel("count_keys")?,
             count_part: select.overlapping_kernel("count_part")?,
             compact: select.overlapping_kernel("compact")?,
             pick_victims: hot.overlapping_kernel("pick_victims")?,
@@ -104,18 +102,6 @@ impl StepKernels {
             self.sample.launch(stream, Grid { blocks: [SAMPLE_PARTS, grid.lanes, grid.slots], threads: SAMPLE_THREADS }, job)?;
             self.score.launch(stream, Grid { blocks: [blocks, grid.lanes, grid.slots], threads: SCORE_THREADS }, job)
         }
-    }
-
-    /// The histogram of keys that were not made by [`StepKernels::score`]; it must be zero before. Forces the sinks' keys.
-    ///
-    /// # Safety
-    /// As [`StepKernels::append`].
-    ///
-    /// # Errors
-    /// As [`StepKernels::append`].
-    pub unsafe fn count_keys(&self, stream: &CudaStream, grid: &StepGrid, job: &StepJob) -> Result<(), CudaError> {
-        // SAFETY: the caller's promise.
-        unsafe { self.count_keys.launch(stream, Grid { blocks: [PARTS, grid.lanes, grid.slots], threads: SELECT_THREADS }, job) }
     }
 
     /// Selected positions, ascending, and which of them are hot.
