@@ -101,7 +101,7 @@ impl<'a> Contest<'a> {
                 continue;
             }
             let batch = self.scene.resident(context)?;
-            let layers = batch.shape().layers;
+            let layers = batch.layers();
             let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_dense_layer(layer)))?;
             let mut timer = Timer::new(batch.stream());
             let mut times = Vec::new();
@@ -165,7 +165,7 @@ impl<'a> Contest<'a> {
     fn time_parts(&mut self, batch: &Batch, name: &str) -> Result<()> {
         const NAMES: [&str; 5] = ["score", "select", "victims", "gather", "attend"];
         let mut timer = Timer::new(batch.stream());
-        let layers = batch.shape().layers;
+        let layers = batch.layers();
         timer.mark()?;
         for layer in 0..layers {
             for part in 0..NAMES.len() {
@@ -229,7 +229,7 @@ impl<'a> Contest<'a> {
         show_progress(&name, 0, 1);
         let sparse = SparsePlan { trace_rows: Some(trace.rows), ..self.sparse(denominator, pool as f64, self.small()) };
         let mut batch = self.scene.sparse(&sparse)?;
-        let (layers, lanes) = (batch.shape().layers, batch.shape().geometry.heads.lanes());
+        let (layers, lanes) = (batch.layers(), batch.shape().geometry.heads.lanes());
         let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_layer(layer)))?;
         let mut timer = Timer::new(batch.stream());
         let (mut times, mut hits) = (Vec::new(), vec![Hits::default(); trace.layers]);
@@ -271,7 +271,7 @@ impl<'a> Contest<'a> {
     /// Times whole steps, one graph launch each.
     fn steps(&mut self, name: &str, sparse: &SparsePlan, cold: bool) -> Result<()> {
         let mut batch = self.scene.sparse(sparse)?;
-        let layers = batch.shape().layers;
+        let layers = batch.layers();
         let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_layer(layer)))?;
         let mut timer = Timer::new(batch.stream());
         let (mut times, mut hits, mut misses) = (Vec::new(), 0, 0);

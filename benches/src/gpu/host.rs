@@ -10,7 +10,7 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use sluice_kernels::device::cuda::Gpu;
 use sluice_kernels::device::cuda::buffer::HostAccess;
-use sluice_kernels::device::cuda::host::{HostRows, HostSegment};
+use sluice_kernels::device::cuda::host::{HostFile, HostRows, HostSegment};
 use sluice_kernels::layout::ClassLayout;
 use sluice_kernels::shape::ModelShape;
 use sluice_kernels::shared::segment::{Access, Segment};
@@ -68,7 +68,7 @@ impl HostCache {
             let (access, host) = if id == count { (Access::Writable, HostAccess::Write) } else { (Access::ReadOnly, HostAccess::Read) };
             let segment = Segment::map(id as u32, writable[id].slots, Arc::clone(&layout), file, access)?;
             segment.populate(threads);
-            segments.push(HostSegment::register(gpu, Arc::new(segment), host)?);
+            segments.push(HostSegment::register(gpu, HostFile::Sealed(Arc::new(segment)), host)?);
         }
         let rows = Arc::new(HostRows::new(layout, segments));
         Ok(Self { rows, places, fill_s, register_s: start.elapsed().as_secs_f64() })

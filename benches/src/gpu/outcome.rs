@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use serde::Serialize;
-use sluice_kernels::device::cuda::batch::BatchBytes;
+use sluice_kernels::device::cuda::seat::DeviceBytes;
 
 use crate::report::{Format, Plot, Series, Table};
 use crate::statistics::spread;
@@ -29,13 +29,13 @@ pub struct StepOutcome {
     /// Device memory of the contestant, in bytes.
     pub gpu_bytes: u64,
     /// Of it, by what it is for.
-    pub bytes: BatchBytes,
+    pub bytes: DeviceBytes,
 }
 
 impl StepOutcome {
     /// Of the times of `times`.
     #[must_use]
-    pub fn new(name: &str, times: &[f64], miss_ratio: Option<f64>, bytes: BatchBytes) -> Self {
+    pub fn new(name: &str, times: &[f64], miss_ratio: Option<f64>, bytes: DeviceBytes) -> Self {
         let spread = spread(times).unwrap_or(crate::statistics::Spread { best: 0.0, median: 0.0, worst: 0.0 });
         let (step_ms, best_ms, worst_ms) = (spread.median, spread.best, spread.worst);
         Self {

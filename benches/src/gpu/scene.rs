@@ -1,11 +1,16 @@
 //! Batches over a host cache, set up as the bench's contestants.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use anyhow::{Context, Result};
 use sluice_kernels::budget::Settings;
 use sluice_kernels::device::LayerGeometry;
 use sluice_kernels::device::cuda::Gpu;
-use sluice_kernels::device::cuda::batch::{Batch, BatchShape, Kept};
+use sluice_kernels::device::cuda::batch::{Batch, BatchLayer, BatchShape};
 use sluice_kernels::device::cuda::compile::Compiler;
+use sluice_kernels::device::cuda::host::{HostPage, HostPart};
+use sluice_kernels::device::cuda::seat::{Kept, Seat, SeatShape};
 use sluice_kernels::device::cuda::stream::DoubleBuffer;
 use sluice_kernels::label::{Calibration, Calibrator, LabelCoder, LabelPlan};
 use sluice_kernels::shape::ModelShape;
@@ -48,6 +53,13 @@ pub struct SparsePlan {
     pub trace_rows: Option<usize>,
 }
 
+/// Room of a batch.
+struct Room {
+    max_count: usize,
+    max_entries: usize,
+    gather_blocks: usize,
+}
+
 impl Scene<'_> {
     /// Rows of a layer.
     #[must_use]
@@ -83,39 +95,64 @@ impl Scene<'_> {
         calibrator.finish().context("a calibration of every layer")
     }
 
+    /// A batch of one slot, in which a new seat is taken.
+    fn batch(&self, seat: &SeatShape, room: &Room, trace_rows: Option<usize>) -> Result<Batch> {
+        let calibration = self.calibration(&seat.plan)?;
+        let coders: Vec<LabelCoder> = calibration.layers.iter().map(|layer| LabelCoder::new(&seat.plan, layer)).collect();
+        let page_bytes = seat.geometry.page_bytes() as u64;
+        let layer = |(plane, coder)| BatchLayer { coder, host: HostPart::whole(plane, page_bytes) };
+        let layers: Vec<BatchLayer<'_>> = coders.iter().take(seat.layers).enumerate().map(layer).collect();
+        let shape = BatchShape {
+            geometry: seat.geometry,
+            plan: seat.plan.clone(),
+            slots: 1,
+            max_tokens: seat.max_tokens,
+            max_count: room.max_count,
+            max_entries: room.max_entries,
+            gather_blocks: room.gather_blocks,
+            trace_rows,
+        };
+        let mut batch = Batch::new(self.gpu, self.compiler, &shape, &layers)?;
+        let seat = Seat::new(self.gpu, batch.stream(), seat)?;
+        batch.sit(0, &Arc::new(seat))?;
+        Ok(batch)
+    }
+
+    /// Copies the rows of chunks to where steps expect those from the horizon on.
+    fn fetch_tail(&self, batch: &Batch, layer: usize, chunks: Range<usize>) -> Result<()> {
+        let seat = batch.seat(0).context("a seat")?;
+        let pages: Vec<&[u8]> = chunks.clone().map(|chunk| self.host.page(layer, chunk)).collect();
+        Ok(seat.write_tail(batch.stream(), layer, chunks.start, &pages)?)
+    }
+
     /// A sparse contestant, with labels and newest rows on the device and nothing hot.
     ///
     /// # Errors
     /// Memory or a launch that is refused.
     pub fn sparse(&self, sparse: &SparsePlan) -> Result<Batch> {
-        let calibration = self.calibration(&sparse.plan)?;
-        let coders: Vec<LabelCoder> = calibration.layers.iter().map(|layer| LabelCoder::new(&sparse.plan, layer)).collect();
-        let coders: Vec<&LabelCoder> = coders.iter().collect();
-        let shape = BatchShape {
+        let (layers, chunks) = (self.shape.layers.len(), self.context.div_ceil(CHUNK_TOKENS));
+        let seat = SeatShape {
             geometry: self.geometry(),
             plan: sparse.plan.clone(),
-            layers: self.shape.layers.len(),
-            slots: 1,
+            layers,
             max_tokens: self.context,
-            max_count: sparse.settings.selected_tokens(self.context),
             kept: Kept::Pool(sparse.pool),
             // The horizon leaves at most 511 rows.
             tail_chunks: 2,
-            block_rows: BatchShape::block_rows_for(
-                sparse.settings.selected_tokens(self.context) + CHUNK_TOKENS,
-                self.geometry().heads.lanes(),
-            ),
-            gather_blocks: sparse.gather_blocks,
-            trace_rows: sparse.trace_rows,
         };
-        let mut batch = Batch::new(self.gpu, self.compiler, &shape, &coders)?;
+        let count = sparse.settings.selected_tokens(self.context);
+        let room = Room { max_count: count, max_entries: count + 2 * CHUNK_TOKENS, gather_blocks: sparse.gather_blocks };
+        let mut batch = self.batch(&seat, &room, sparse.trace_rows)?;
         let horizon = sparse.settings.horizon(self.context) / CHUNK_TOKENS;
         batch.set_host(&self.host.rows)?;
-        batch.seat(0, &self.host.places)?;
-        for layer in 0..shape.layers {
-            batch.make_labels(layer, 0, 0..horizon)?;
-            batch.fetch_tail(layer, 0, horizon..self.context.div_ceil(CHUNK_TOKENS))?;
+        let pages: Vec<HostPage<'_>> = self.host.places[..horizon].iter().map(|&place| self.host.rows.host_page(place)).collect();
+        for layer in 0..layers {
+            batch.make_labels(layer, 0, 0, &pages)?;
+            self.fetch_tail(&batch, layer, horizon..chunks)?;
             self.set_step(&mut batch, layer, layer, 0)?;
+        }
+        if let Some(seat) = batch.seat(0) {
+            seat.set_host_places(batch.stream(), 0, &self.host.places)?;
         }
         let open = self.host.places[(self.context - 1) / CHUNK_TOKENS];
         let grows = (open >> 16) as usize + 1 == self.host.rows.segments().len();
@@ -144,23 +181,10 @@ impl Scene<'_> {
     /// Memory or a launch that is refused.
     pub fn dense(&self, context: usize, layers: usize) -> Result<Batch> {
         let plan = LabelPlan::small(self.shape.layers[0].head_dim);
-        let calibration = self.calibration(&plan)?;
-        let coders: Vec<LabelCoder> = calibration.layers.iter().map(|layer| LabelCoder::new(&plan, layer)).collect();
-        let shape = BatchShape {
-            geometry: self.geometry(),
-            plan,
-            layers,
-            slots: 1,
-            max_tokens: CHUNK_TOKENS,
-            max_count: 0,
-            kept: Kept::Pool(0),
-            tail_chunks: context.div_ceil(CHUNK_TOKENS),
-            block_rows: BatchShape::block_rows_for(context, self.geometry().heads.lanes()),
-            gather_blocks: 1,
-            trace_rows: None,
-        };
-        let coders: Vec<&LabelCoder> = coders.iter().take(layers).collect();
-        let mut batch = Batch::new(self.gpu, self.compiler, &shape, &coders)?;
+        let tail_chunks = context.div_ceil(CHUNK_TOKENS);
+        let seat = SeatShape { geometry: self.geometry(), plan, layers, max_tokens: CHUNK_TOKENS, kept: Kept::Pool(0), tail_chunks };
+        let room = Room { max_count: 0, max_entries: tail_chunks * CHUNK_TOKENS, gather_blocks: 1 };
+        let mut batch = self.batch(&seat, &room, None)?;
         for layer in 0..layers {
             self.set_step(&mut batch, layer, layer, 0)?;
         }
@@ -178,9 +202,8 @@ impl Scene<'_> {
         let layers = self.shape.layers.len();
         let mut batch = self.dense(context, layers)?;
         batch.set_host(&self.host.rows)?;
-        batch.seat_dense(0, &self.host.places[..context / CHUNK_TOKENS]);
         for layer in 0..layers {
-            batch.fetch_tail(layer, 0, 0..context / CHUNK_TOKENS)?;
+            self.fetch_tail(&batch, layer, 0..context / CHUNK_TOKENS)?;
         }
         Ok(batch)
     }
@@ -194,6 +217,6 @@ impl Scene<'_> {
         let chunks = rows as usize / self.geometry().page_bytes();
         let mut batch = self.dense(chunks * CHUNK_TOKENS, 2)?;
         batch.set_dense_length(0, self.context)?;
-        Ok(DoubleBuffer::new(self.gpu, batch, std::sync::Arc::clone(&self.host.rows))?)
+        Ok(DoubleBuffer::new(self.gpu, batch, Arc::clone(&self.host.rows))?)
     }
 }

@@ -105,7 +105,8 @@ impl OpenLayout {
         self.page_at(class, plane, slot) + row
     }
 
-    fn page_at(&self, class: SlotClass, plane: &Plane, slot: u32) -> u64 {
+    /// Where the page of (plane, slot) lies in the file.
+    pub(crate) fn page_at(&self, class: SlotClass, plane: &Plane, slot: u32) -> u64 {
         let first = match class {
             SlotClass::Selected => self.selected_at,
             SlotClass::Window => self.window_at,
@@ -163,6 +164,11 @@ impl OpenSlots {
     #[must_use]
     pub fn layout(&self) -> &OpenLayout {
         &self.layout
+    }
+
+    /// First byte and length of the mapping, to register with a device.
+    pub(crate) fn memory(&self) -> (*const u8, usize) {
+        (self.mapping.address(), self.mapping.len())
     }
 
     /// Tokens this writer has committed.

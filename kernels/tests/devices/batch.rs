@@ -1,5 +1,6 @@
 //! The resident decode step of the CUDA device: rows in host memory in random slots, labels and hot rows on the device.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use rand::rngs::StdRng;
@@ -7,10 +8,11 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use sluice_kernels::budget::{Budget, Settings};
 use sluice_kernels::device::cuda::Gpu;
-use sluice_kernels::device::cuda::batch::{Batch, BatchShape, Kept};
+use sluice_kernels::device::cuda::batch::{Batch, BatchLayer, BatchShape};
 use sluice_kernels::device::cuda::buffer::HostAccess;
 use sluice_kernels::device::cuda::compile::Compiler;
-use sluice_kernels::device::cuda::host::{HostRows, HostSegment};
+use sluice_kernels::device::cuda::host::{HostFile, HostPage, HostPart, HostRows, HostSegment};
+use sluice_kernels::device::cuda::seat::{Kept, Seat, SeatShape};
 use sluice_kernels::device::reference::Reference;
 use sluice_kernels::device::{AttendJob, Device, LabelJob, ScoreJob, SelectJob};
 use sluice_kernels::label::{LabelCoder, LabelPlan};
@@ -34,7 +36,8 @@ fn gpu() -> Option<(Gpu, Compiler)> {
 struct Hosted {
     layer: Layer,
     coder: LabelCoder,
-    host: Arc<HostRows>,
+    segment: Arc<Segment>,
+    host: HostRows,
     places: Vec<u32>,
 }
 
@@ -63,40 +66,51 @@ fn hosted(gpu: &Gpu, shape: Shape, plan: &str, seed: u64) -> Hosted {
     for (page, &place) in layer.pages.iter().zip(&places) {
         segment.fill_page(&layout.planes[0], place, |to| to.copy_from_slice(page));
     }
-    let segment = HostSegment::register(gpu, Arc::new(segment), HostAccess::Write).expect("a registration");
-    Hosted { layer, coder, host: Arc::new(HostRows::new(layout, vec![segment])), places }
+    let segment = Arc::new(segment);
+    let registered = HostSegment::register(gpu, HostFile::Sealed(Arc::clone(&segment)), HostAccess::Write).expect("a registration");
+    Hosted { layer, coder, segment, host: HostRows::new(layout, vec![registered]), places }
 }
 
 impl Hosted {
-    fn shape(&self, kept: Kept, max_count: usize) -> BatchShape {
-        BatchShape {
-            geometry: self.layer.geometry,
-            plan: self.coder.plan.clone(),
-            layers: 1,
-            slots: 1,
-            max_tokens: self.layer.pages.len() * 256,
-            max_count,
-            kept,
-            tail_chunks: 3,
-            block_rows: 64,
-            gather_blocks: 8,
-            trace_rows: None,
-        }
+    fn shape(&self, kept: Kept, max_count: usize) -> (SeatShape, BatchShape) {
+        let (geometry, plan, max_tokens) = (self.layer.geometry, self.coder.plan.clone(), self.layer.pages.len() * 256);
+        let seat = SeatShape { geometry, plan: plan.clone(), layers: 1, max_tokens, kept, tail_chunks: 3 };
+        let max_entries = max_count + 3 * 256;
+        (seat, BatchShape { geometry, plan, slots: 1, max_tokens, max_count, max_entries, gather_blocks: 8, trace_rows: None })
+    }
+
+    /// A batch of one slot over this host memory.
+    fn batch(&self, gpu: &Gpu, compiler: &Compiler, shape: &BatchShape) -> Batch {
+        let host = HostPart::whole(0, self.layer.geometry.page_bytes() as u64);
+        let mut batch = Batch::new(gpu, compiler, shape, &[BatchLayer { coder: &self.coder, host }]).expect("a batch");
+        batch.set_host(&self.host).expect("planes");
+        batch
+    }
+
+    fn host_pages(&self, chunks: Range<usize>) -> Vec<HostPage<'_>> {
+        self.places[chunks].iter().map(|&place| self.host.host_page(place)).collect()
+    }
+
+    fn fetch_tail(&self, batch: &Batch, chunks: Range<usize>) {
+        let pages: Vec<&[u8]> = self.places[chunks.clone()].iter().map(|&place| self.host.page(0, place)).collect();
+        batch.seat(0).expect("a seat").write_tail(batch.stream(), 0, chunks.start, &pages).expect("tail");
     }
 
     /// Seats the sequence in a batch of its own, rows up to `length`.
-    fn seated(&self, gpu: &Gpu, compiler: &Compiler, shape: &BatchShape, length: usize, settings: &Settings) -> Batch {
-        let mut batch = Batch::new(gpu, compiler, shape, &[&self.coder]).expect("a batch");
-        batch.set_host(&self.host).expect("planes");
-        batch.seat(0, &self.places).expect("seated");
+    fn seated(&self, gpu: &Gpu, compiler: &Compiler, shape: &(SeatShape, BatchShape), length: usize, settings: &Settings) -> Batch {
+        let mut batch = self.batch(gpu, compiler, &shape.1);
+        let seat = Arc::new(Seat::new(gpu, batch.stream(), &shape.0).expect("a seat"));
+        seat.set_host_places(batch.stream(), 0, &self.places).expect("places");
+        batch.sit(0, &seat).expect("seated");
         let horizon = settings.horizon(length) / 256;
-        batch.make_labels(0, 0, 0..horizon).expect("labels");
-        batch.fetch_tail(0, 0, horizon..length.div_ceil(256)).expect("tail");
-        if shape.kept == Kept::Everything {
+        batch.make_labels(0, 0, 0, &self.host_pages(0..horizon)).expect("labels");
+        self.fetch_tail(&batch, horizon..length.div_ceil(256));
+        if shape.0.kept == Kept::Everything {
             for (chunk, page) in self.layer.pages[..horizon].iter().enumerate() {
                 for lane in 0..self.layer.shape.lanes {
                     let lane_bytes = 256 * self.layer.geometry.row_bytes();
-                    batch.load_rows(0, 0, lane, chunk * 256, &page[lane * lane_bytes..(lane + 1) * lane_bytes]).expect("rows");
+                    let rows = &page[lane * lane_bytes..(lane + 1) * lane_bytes];
+                    seat.load_rows(batch.stream(), 0, lane, chunk * 256, rows).expect("rows");
                 }
             }
         }
@@ -273,11 +287,11 @@ fn the_newest_row_reaches_the_host_and_the_device() {
     let place = hosted.places[999 / 256];
     let row_bytes = hosted.layer.geometry.row_bytes();
     let at = [0, 1].map(|lane| hosted.layer.geometry.row_offset(lane, 999));
-    let segment = Arc::clone(hosted.host.segments()[0].segment());
+    let segment = Arc::clone(&hosted.segment);
     let plane = segment.layout().planes[0];
     segment.fill_page(&plane, place, |page| at.iter().for_each(|&at| page[at..at + row_bytes].fill(0xFF)));
     let mut batch = hosted.seated(&gpu, &compiler, &hosted.shape(Kept::Pool(count), count), 999, &settings);
-    batch.fetch_tail(0, 0, 3..4).expect("tail");
+    hosted.fetch_tail(&batch, 3..4);
     batch.set_length(0, 1000, &settings, Some(place)).expect("a length");
     assert!(step(&mut batch, &query, &newest) == expected, "the same result");
     for (lane, &at) in at.iter().enumerate() {

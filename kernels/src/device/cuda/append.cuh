@@ -11,7 +11,7 @@ __device__ __forceinline__ void append_row(const StepJob& job, const SequenceSta
     uint4* host = nullptr;
     if (sequence.append_to != NOBODY) {
         const u64 plane = reinterpret_cast<const u64*>(job.planes)[sequence.append_to >> 16];
-        host = reinterpret_cast<uint4*>(plane + (sequence.append_to & 0xFFFFu) * job.page_bytes + in_page);
+        host = reinterpret_cast<uint4*>(plane + (sequence.append_to & 0xFFFFu) * job.host_page_bytes + in_page);
     }
     for (u32 piece = threadIdx.x; piece < ROW_BYTES / 16; piece += blockDim.x) {
         const uint4 data = from[piece];

@@ -302,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, AT_LEAST) attend(const Ste
     const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
     if (sequence.length == 0) return;
     const List list = list_of(job, sequence, place, slot, lane);
-    const u32 begin = blockIdx.x * job.block_rows, end = min(list.entries, begin + job.block_rows);
+    const u32 begin = blockIdx.x * sequence.block_rows, end = min(list.entries, begin + sequence.block_rows);
     if (begin >= end) return;
     float* partial = reinterpret_cast<float*>(job.partials) + ((u64)(slot * job.lanes + lane) * job.max_blocks + blockIdx.x) * PARTIAL;
     attend_entries(job, list, slot, lane, begin, end, partial);
@@ -317,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge(const StepJob 
     const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
     if (sequence.length == 0) return;
     const u32 entries = sequence.count + sequence.length - sequence.chunks * CHUNK_TOKENS;
-    const u32 blocks = (entries + job.block_rows - 1) / job.block_rows;
+    const u32 blocks = (entries + sequence.block_rows - 1) / sequence.block_rows;
     const float* partials = reinterpret_cast<const float*>(job.partials) + (u64)(slot * job.lanes + lane) * job.max_blocks * PARTIAL;
     const u32 team = threadIdx.x / 32, thread = threadIdx.x % 32;
     float values[OWN] = {}, sum = 0.0f, largest = LOWEST;

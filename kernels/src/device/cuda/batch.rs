@@ -1,10 +1,9 @@
-//! A batch of sequences on the device: their labels, hot rows and newest rows, and the step over them.
+//! A batch: what the step over several seats needs besides their memory, and the step itself.
 //!
 //! Rows before the horizon stay in host memory, in segments that the device reads across the link. Everything is allocated here, once; a
 //! step allocates nothing and waits for nothing. What a graph's kernels find to do is in device tables ([`SequenceState`]), which change
 //! between launches only, so that one captured graph serves every length.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaGraph, CudaStream, sys};
@@ -12,12 +11,12 @@ use cudarc::driver::{CudaGraph, CudaStream, sys};
 use super::buffer::{DeviceBuffer, PinnedBuffer};
 use super::compile::Compiler;
 use super::error::{CudaError, Doing};
-use super::host::HostRows;
-use super::jobs::{BINS, COLD, LayerPlace, NOBODY, PARTS, PartCounts, REFINED, SAMPLE_PARTS, SequenceState, StepJob, VictimCounts};
+use super::host::{HostPage, HostPart, HostRows, HostSegment};
+use super::jobs::{BINS, LayerPlace, NOBODY, PARTS, PartCounts, REFINED, SAMPLE_PARTS, SequenceState, StepJob, VictimCounts};
 use super::label::Labeller;
 use super::module::Specialisation;
 use super::open::Gpu;
-use super::probe::Probe;
+use super::seat::{DeviceBytes, Seat, bound};
 use super::step::{MAX_LANES, StepGrid, StepKernels};
 use crate::budget::Settings;
 use crate::device::LayerGeometry;
@@ -27,14 +26,11 @@ use crate::slot::CHUNK_TOKENS;
 /// Host segments that a batch can name.
 pub const MAX_SEGMENTS: usize = 4096;
 
-/// Which rows before the horizon the device keeps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kept {
-    /// So many rows a lane, the most important ones lately; at least as many as a lane selects, fewer than 65,535.
-    Pool(usize),
-    /// All of them.
-    Everything,
-}
+/// Blocks of the gather where nothing else was measured (docs/decisions/0004-the-gpu-step.md).
+pub const GATHER_BLOCKS: usize = 64;
+
+/// Attention blocks that make one wave on an H100: 132 processors, four blocks each. A constant, so that devices agree to the bit.
+const WAVE_BLOCKS: usize = 4 * 132;
 
 /// What a batch has room for.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,59 +39,37 @@ pub struct BatchShape {
     pub geometry: LayerGeometry,
     /// Labels.
     pub plan: LabelPlan,
-    /// Layers.
-    pub layers: usize,
-    /// Sequences at a time.
+    /// Seats at a time.
     pub slots: usize,
     /// Tokens of a sequence: a multiple of 256.
     pub max_tokens: usize,
     /// Rows that a lane selects at most.
     pub max_count: usize,
-    /// Rows before the horizon that are kept.
-    pub kept: Kept,
-    /// Chunks from the horizon on.
-    pub tail_chunks: usize,
-    /// Rows of an attention block: a multiple of 64. Results depend on it.
-    pub block_rows: usize,
+    /// Rows that a lane attends at most, selected or not.
+    pub max_entries: usize,
     /// Blocks of the gather.
     pub gather_blocks: usize,
     /// Whether selections of a trace replace the computed ones: `Some(rows of the trace)`, for benches.
     pub trace_rows: Option<usize>,
 }
 
-/// Device memory of a batch by what it is for, in bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
-pub struct BatchBytes {
-    /// Label pages.
-    pub labels: u64,
-    /// Hot rows.
-    pub hot_rows: u64,
-    /// Maps from rows to hot places, and back.
-    pub maps: u64,
-    /// Rows from the horizon on.
-    pub tail: u64,
-    /// Queries, outputs, keys, lists, partial results and tables.
-    pub workspace: u64,
+/// One layer of a batch.
+#[derive(Clone, Debug)]
+pub struct BatchLayer<'a> {
+    /// What its labels mean.
+    pub coder: &'a LabelCoder,
+    /// Where its rows lie on the host.
+    pub host: HostPart,
 }
 
-impl BatchBytes {
-    /// All of it.
-    #[must_use]
-    pub fn total(&self) -> u64 {
-        self.labels + self.hot_rows + self.maps + self.tail + self.workspace
-    }
-}
-
-/// One layer's device memory, `[slot]` first.
+/// One layer's tables.
 struct Layer {
-    labels: DeviceBuffer<u8>,
-    tail: DeviceBuffer<u8>,
-    hot: DeviceBuffer<u8>,
-    map: DeviceBuffer<u16>,
-    owner: DeviceBuffer<u32>,
+    /// `[slot]`.
     places: DeviceBuffer<LayerPlace>,
+    /// By segment.
     planes: DeviceBuffer<u64>,
     labeller: Labeller,
+    host: HostPart,
 }
 
 /// Working room that layers share, `[slot]` first.
@@ -115,7 +89,7 @@ struct Workspace {
     partials: DeviceBuffer<f32>,
 }
 
-/// A batch of sequences and the step over them.
+/// Seats and the step over them.
 pub struct Batch {
     shape: BatchShape,
     stream: Arc<CudaStream>,
@@ -123,13 +97,11 @@ pub struct Batch {
     grid: StepGrid,
     layers: Vec<Layer>,
     jobs: Vec<StepJob>,
-    host: Option<Arc<HostRows>>,
-    /// Host places by slot and chunk.
-    seats: Vec<Vec<u32>>,
+    seats: Vec<Option<Arc<Seat>>>,
+    /// By number: segments that planes name, kept for as long.
+    segments: Vec<Option<Arc<HostSegment>>>,
     states: PinnedBuffer<SequenceState>,
     device_states: DeviceBuffer<SequenceState>,
-    /// `[slot][2][chunk]`: host places, then places of labels.
-    tables: DeviceBuffer<u32>,
     /// `[layer][slot][query head][head_dim]`, and the outputs.
     queries: DeviceBuffer<f32>,
     outputs: DeviceBuffer<f32>,
@@ -144,70 +116,45 @@ pub struct Batch {
 }
 
 impl BatchShape {
-    /// Rows of an attention block that make one wave of blocks on an H100 (132 processors, four blocks each) of `rows` rows a lane.
+    /// Rows of an attention block for `entries` rows a lane: one wave of blocks over all lanes of a sequence. Results depend on it.
     #[must_use]
-    pub fn block_rows_for(rows: usize, lanes: usize) -> usize {
-        const BLOCKS: usize = 4 * 132;
-        (rows * lanes).div_ceil(BLOCKS).next_multiple_of(64)
+    pub fn block_rows(entries: usize, lanes: usize) -> usize {
+        (entries * lanes).div_ceil(WAVE_BLOCKS).next_multiple_of(64).max(64)
     }
 
     fn lanes(&self) -> usize {
         self.geometry.heads.lanes()
     }
 
-    fn chunks(&self) -> usize {
-        self.max_tokens / CHUNK_TOKENS
-    }
-
-    /// Hot places a lane.
-    fn pool(&self) -> usize {
-        match self.kept {
-            Kept::Pool(rows) => rows,
-            Kept::Everything => self.max_tokens,
-        }
-    }
-
+    /// Most attention blocks of a lane, of any number of entries.
     fn attend_blocks(&self) -> usize {
-        (self.max_count + self.tail_chunks * CHUNK_TOKENS).div_ceil(self.block_rows)
+        self.max_entries.div_ceil(64).min(WAVE_BLOCKS.div_ceil(self.lanes())).max(1)
     }
 
     fn check(&self) -> Result<(), CudaError> {
-        let bound = |field, value: usize, low: usize, high: usize| {
-            let fits = (low..=high).contains(&value);
-            if fits { Ok(()) } else { Err(CudaError::Bound { field, value: value as u64, low: low as u64, high: high as u64 }) }
-        };
         bound("lanes", self.lanes(), 1, MAX_LANES)?;
-        bound("layers", self.layers, 1, 65_535)?;
         bound("slots", self.slots, 1, 65_535)?;
-        bound("tail_chunks", self.tail_chunks, 1, 65_535)?;
         bound("gather_blocks", self.gather_blocks, 1, 1024)?;
-        bound("max_tokens", self.max_tokens, CHUNK_TOKENS, 1 << 20)?;
+        bound("max_tokens", self.max_tokens, CHUNK_TOKENS, 1 << 24)?;
         bound("max_tokens modulo 256", self.max_tokens % CHUNK_TOKENS, 0, 0)?;
-        bound("block_rows modulo 64", self.block_rows % 64, 0, 0)?;
-        bound("block_rows", self.block_rows, 64, 1 << 20)?;
-        bound("max_count", self.max_count, 0, self.max_tokens)?;
-        match self.kept {
-            Kept::Pool(rows) => bound("hot rows of a lane", rows, self.max_count, usize::from(COLD) - 1),
-            Kept::Everything => Ok(()),
-        }
+        bound("max_count", self.max_count, 0, self.max_tokens)
     }
 }
 
 impl Batch {
-    /// Compiles the kernels and allocates everything.
+    /// Compiles the kernels and allocates everything; no seat is taken.
     ///
     /// # Errors
     /// A shape out of bounds, memory that the device does not have, or what the compiler says.
-    pub fn new(gpu: &Gpu, compiler: &Compiler, shape: &BatchShape, coders: &[&LabelCoder]) -> Result<Self, CudaError> {
+    pub fn new(gpu: &Gpu, compiler: &Compiler, shape: &BatchShape, layers: &[BatchLayer<'_>]) -> Result<Self, CudaError> {
         shape.check()?;
-        assert_eq!(coders.len(), shape.layers, "a coder a layer");
         let stream = gpu.context.new_stream().doing("making a stream")?;
         let mut specialisation = Specialisation::labels(&shape.geometry, &shape.plan);
         specialisation.replays_trace = shape.trace_rows.is_some();
         let kernels = StepKernels::load(gpu, compiler, &specialisation)?;
         let heads = shape.geometry.heads.query_heads();
         let context = &gpu.context;
-        let (all, values) = (shape.layers * shape.slots, shape.layers * shape.slots * heads);
+        let (all, values) = (layers.len() * shape.slots, layers.len() * shape.slots * heads);
         let mut batch = Self {
             grid: StepGrid {
                 lanes: shape.lanes(),
@@ -215,13 +162,12 @@ impl Batch {
                 gather_blocks: shape.gather_blocks,
                 attend_blocks: shape.attend_blocks(),
             },
-            layers: Vec::with_capacity(shape.layers),
+            layers: Vec::with_capacity(layers.len()),
             jobs: Vec::new(),
-            host: None,
-            seats: vec![Vec::new(); shape.slots],
+            seats: vec![None; shape.slots],
+            segments: Vec::new(),
             states: PinnedBuffer::zeroed(context, shape.slots)?,
             device_states: DeviceBuffer::zeroed(context, shape.slots)?,
-            tables: DeviceBuffer::zeroed(context, shape.slots * 2 * shape.chunks())?,
             queries: DeviceBuffer::zeroed(context, values * shape.geometry.head_dim)?,
             outputs: DeviceBuffer::zeroed(context, values * shape.geometry.head_dim)?,
             lse: DeviceBuffer::zeroed(context, values)?,
@@ -233,11 +179,11 @@ impl Batch {
             stream,
             kernels,
         };
-        for coder in coders {
-            let layer = Layer::new(gpu, compiler, &batch.stream, shape, coder)?;
+        for layer in layers {
+            let layer = Layer::new(gpu, compiler, &batch.stream, shape, layer)?;
             batch.layers.push(layer);
         }
-        batch.jobs = (0..shape.layers).map(|layer| batch.job(layer)).collect();
+        batch.jobs = (0..layers.len()).map(|layer| batch.job(layer)).collect();
         Ok(batch)
     }
 
@@ -252,6 +198,7 @@ impl Batch {
             planes: of_layer.planes.address(),
             new_rows: self.new_rows.address_of(lanes * shape.geometry.row_bytes()),
             page_bytes: shape.geometry.page_bytes() as u64,
+            host_page_bytes: of_layer.host.page_bytes,
             channels: of_layer.labeller.channels(),
             steps: of_layer.labeller.steps(),
             query: self.queries.address_of(heads * shape.geometry.head_dim),
@@ -276,10 +223,10 @@ impl Batch {
             max_rows: shape.max_tokens as u32,
             max_count: shape.max_count as u32,
             max_blocks: shape.attend_blocks() as u32,
-            block_rows: shape.block_rows as u32,
             trace_rows: trace_rows as u32,
             score_scale: shape.geometry.softmax_scale * std::f32::consts::LOG2_E,
             slots: shape.slots as u32,
+            unused: 0,
         }
     }
 
@@ -289,91 +236,124 @@ impl Batch {
         &self.shape
     }
 
+    /// Layers.
+    #[must_use]
+    pub fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
     /// The stream of its steps.
     #[must_use]
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
     }
 
-    /// Device memory by what it is for.
+    /// Device memory of the batch and of those who sit in it.
     #[must_use]
-    pub fn bytes(&self) -> BatchBytes {
-        let mut bytes = BatchBytes { workspace: self.workspace.bytes(), ..BatchBytes::default() };
-        for layer in &self.layers {
-            bytes.labels += layer.labels.bytes() as u64;
-            bytes.hot_rows += layer.hot.bytes() as u64;
-            bytes.maps += (layer.map.bytes() + layer.owner.bytes()) as u64;
-            bytes.tail += layer.tail.bytes() as u64;
-            bytes.workspace += (layer.places.bytes() + layer.planes.bytes()) as u64;
-        }
-        let tables = self.device_states.bytes() + self.tables.bytes() + self.counters.bytes() + self.new_rows.bytes();
-        bytes.workspace += (tables + self.queries.bytes() + self.outputs.bytes() + self.lse.bytes()) as u64;
+    pub fn bytes(&self) -> DeviceBytes {
+        let mut bytes = DeviceBytes { workspace: self.own_bytes(), ..DeviceBytes::default() };
+        self.seats.iter().flatten().for_each(|seat| bytes += seat.shape().bytes());
         bytes
     }
 
-    /// Tells the batch where rows lie on the host; plane l is layer l's. Between steps.
+    /// Device memory of the batch beside its seats, in bytes.
+    #[must_use]
+    pub fn own_bytes(&self) -> u64 {
+        let of_layers: usize = self.layers.iter().map(|layer| layer.places.bytes() + layer.planes.bytes()).sum();
+        let tables = self.device_states.bytes() + self.counters.bytes() + self.new_rows.bytes() + self.trace.bytes();
+        let vectors = self.queries.bytes() + self.outputs.bytes() + self.lse.bytes();
+        self.workspace.bytes() + (of_layers + tables + vectors) as u64
+    }
+
+    /// Tells the batch where the rows of `host` lie, by their numbers. Between steps.
     ///
     /// # Errors
     /// More segments than a table has, or a failed copy.
-    pub fn set_host(&mut self, host: &Arc<HostRows>) -> Result<(), CudaError> {
-        let count = host.segments().len();
-        if count > MAX_SEGMENTS {
-            return Err(CudaError::Bound { field: "segments", value: count as u64, low: 0, high: MAX_SEGMENTS as u64 });
+    pub fn set_host(&mut self, host: &HostRows) -> Result<(), CudaError> {
+        host.segments().iter().enumerate().try_for_each(|(number, segment)| self.set_segment(number, segment))
+    }
+
+    /// Gives segment `number` a meaning. Between steps.
+    ///
+    /// # Errors
+    /// A number that tables have no place for, or a failed copy.
+    pub fn set_segment(&mut self, number: usize, segment: &Arc<HostSegment>) -> Result<(), CudaError> {
+        bound("segments", number + 1, 1, MAX_SEGMENTS)?;
+        for layer in &self.layers {
+            let address = layer.host.address(HostPage { segment, slot: 0 });
+            layer.planes.write(&self.stream, number, &[address])?;
         }
-        for (layer, of_layer) in self.layers.iter_mut().enumerate() {
-            of_layer.planes.write(&self.stream, 0, &host.planes(layer))?;
+        if self.segments.len() <= number {
+            self.segments.resize(number + 1, None);
         }
-        self.host = Some(Arc::clone(host));
+        self.segments[number] = Some(Arc::clone(segment));
         Ok(())
     }
 
-    /// Seats a sequence: where the rows of each of its chunks lie on the host (`segment << 16 | index`). Its labels are expected at the
-    /// same chunk numbers. Between steps.
-    ///
-    /// # Errors
-    /// More chunks than there is room for, or a failed copy.
-    pub fn seat(&mut self, slot: usize, host_places: &[u32]) -> Result<(), CudaError> {
-        let chunks = self.shape.chunks();
-        if host_places.len() > chunks {
-            return Err(CudaError::Bound { field: "chunks", value: host_places.len() as u64, low: 0, high: chunks as u64 });
-        }
-        let labels: Vec<u32> = (0..chunks as u32).collect();
-        self.seats[slot] = host_places.to_vec();
-        self.tables.write(&self.stream, slot * 2 * chunks, host_places)?;
-        self.tables.write(&self.stream, (slot * 2 + 1) * chunks, &labels)
+    /// The segment that has a number.
+    #[must_use]
+    pub fn segment(&self, number: usize) -> Option<&Arc<HostSegment>> {
+        self.segments.get(number)?.as_ref()
     }
 
-    /// Says where the chunks of a slot lie on the host, for [`Batch::fetch_tail`] alone.
-    pub fn seat_dense(&mut self, slot: usize, host_places: &[u32]) {
-        self.seats[slot] = host_places.to_vec();
+    /// Lets go of a segment that no seat names any more. Between steps.
+    pub fn forget_segment(&mut self, number: usize) {
+        if let Some(segment) = self.segments.get_mut(number) {
+            *segment = None;
+        }
+    }
+
+    /// Seats a sequence. Between steps.
+    ///
+    /// # Errors
+    /// A seat that is longer than the batch has room for, or a failed copy.
+    pub fn sit(&mut self, slot: usize, seat: &Arc<Seat>) -> Result<(), CudaError> {
+        assert!(seat.shape().geometry == self.shape.geometry && seat.shape().plan == self.shape.plan, "seats of this shape");
+        assert_eq!(seat.shape().layers, self.layers.len(), "layers of the seat");
+        bound("tokens of the seat", seat.shape().max_tokens, 0, self.shape.max_tokens)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            layer.places.write(&self.stream, slot, &[seat.place(index)])?;
+        }
+        self.seats[slot] = Some(Arc::clone(seat));
+        self.states[slot] = SequenceState::default();
+        Ok(())
+    }
+
+    /// Empties a slot: steps pass it over.
+    pub fn leave(&mut self, slot: usize) {
+        self.seats[slot] = None;
+        self.states[slot] = SequenceState::default();
+    }
+
+    /// Who sits in a slot.
+    #[must_use]
+    pub fn seat(&self, slot: usize) -> Option<&Arc<Seat>> {
+        self.seats[slot].as_ref()
+    }
+
+    fn seated(&self, slot: usize) -> &Arc<Seat> {
+        self.seats[slot].as_ref().unwrap_or_else(|| panic!("nobody sits in slot {slot}"))
     }
 
     /// What the next step does for a slot: the length with the query's own token, by the sequence's settings. Takes effect at the next
-    /// [`Batch::step`] or [`Batch::replay`].
+    /// [`Batch::send_states`].
     ///
     /// # Errors
     /// A length or a budget that there is no room for.
     pub fn set_length(&mut self, slot: usize, length: usize, settings: &Settings, append_to: Option<u32>) -> Result<(), CudaError> {
-        let shape = &self.shape;
         let (horizon, count) = (settings.horizon(length), settings.selected_tokens(length));
-        let bound = |field, value: usize, high: usize| {
-            if value <= high { Ok(()) } else { Err(CudaError::Bound { field, value: value as u64, low: 0, high: high as u64 }) }
-        };
-        bound("length", length, shape.max_tokens)?;
-        bound("selected rows", count, shape.max_count)?;
-        bound("chunks from the horizon on", length.div_ceil(CHUNK_TOKENS) - horizon / CHUNK_TOKENS, shape.tail_chunks)?;
-        let tables = self.tables.address_of(slot * 2 * shape.chunks());
-        self.states[slot] = SequenceState {
-            slots: tables,
-            label_slots: tables + (shape.chunks() * size_of::<u32>()) as u64,
+        let seat = Arc::clone(self.seated(slot));
+        bound("length", length, 0, seat.shape().max_tokens)?;
+        bound("selected rows", count, 0, self.shape.max_count)?;
+        let state = SequenceState {
             length: length as u32,
             chunks: (horizon / CHUNK_TOKENS) as u32,
             count: count as u32,
             sinks: settings.sink_tokens.min(count as u32),
             append_to: append_to.unwrap_or(NOBODY),
-            unused: 0,
+            ..SequenceState::default()
         };
-        Ok(())
+        self.set_state(slot, &seat, state)
     }
 
     /// A step that attends every row up to `length` exactly, from the tail's pages.
@@ -381,61 +361,38 @@ impl Batch {
     /// # Errors
     /// A length that the tail has no room for.
     pub fn set_dense_length(&mut self, slot: usize, length: usize) -> Result<(), CudaError> {
-        let high = self.shape.tail_chunks * CHUNK_TOKENS;
-        if length > high {
-            return Err(CudaError::Bound { field: "length", value: length as u64, low: 0, high: high as u64 });
-        }
-        self.states[slot] = SequenceState { length: length as u32, append_to: NOBODY, ..SequenceState::default() };
+        let seat = Arc::clone(self.seated(slot));
+        self.set_state(slot, &seat, SequenceState { length: length as u32, append_to: NOBODY, ..SequenceState::default() })
+    }
+
+    fn set_state(&mut self, slot: usize, seat: &Seat, state: SequenceState) -> Result<(), CudaError> {
+        let exact = state.length as usize - state.chunks as usize * CHUNK_TOKENS;
+        let entries = state.count as usize + exact;
+        bound("chunks from the horizon on", exact.div_ceil(CHUNK_TOKENS), 0, seat.shape().tail_chunks)?;
+        bound("attended rows", entries, 0, self.shape.max_entries)?;
+        self.states[slot] = SequenceState {
+            slots: seat.host_places_address(),
+            label_slots: seat.label_places_address(),
+            block_rows: BatchShape::block_rows(entries, self.shape.lanes()) as u32,
+            ..state
+        };
         Ok(())
     }
 
-    /// Labels chunks `chunks` of a slot in one layer from their rows on the host. Waits.
+    /// Labels the chunks from `first` on of a slot in one layer from their rows on the host. Waits.
     ///
     /// # Errors
-    /// A failed launch.
-    pub fn make_labels(&mut self, layer: usize, slot: usize, chunks: Range<usize>) -> Result<(), CudaError> {
-        let Some(host) = &self.host else { return Err(CudaError::NoHostRows) };
-        let page = (self.shape.lanes() * CHUNK_TOKENS * self.shape.plan.label_bytes()) as u64;
-        let of_layer = &self.layers[layer];
-        let first = of_layer.labels.address() + (slot * self.shape.chunks()) as u64 * page;
-        let labels: Vec<u64> = chunks.clone().map(|chunk| first + chunk as u64 * page).collect();
-        let pages: Vec<u64> = self.seats[slot][chunks].iter().map(|&place| host.page_address(layer, place)).collect();
+    /// More chunks than there is room for, or a failed launch.
+    pub fn make_labels(&self, layer: usize, slot: usize, first: usize, pages: &[HostPage<'_>]) -> Result<(), CudaError> {
+        let (seat, of_layer) = (self.seated(slot), &self.layers[layer]);
+        bound("chunks", first + pages.len(), 0, seat.shape().chunks())?;
+        let labels: Vec<u64> = (first..first + pages.len()).map(|chunk| seat.label_address(layer, chunk)).collect();
+        let pages: Vec<u64> = pages.iter().map(|&page| of_layer.host.address(page)).collect();
         let (pages, labels) = (DeviceBuffer::from_slice(&self.stream, &pages)?, DeviceBuffer::from_slice(&self.stream, &labels)?);
-        // SAFETY: the tables live until the stream has been waited for, label pages are this batch's own, and rows are registered while
-        // this value keeps them.
+        // SAFETY: the tables live until the stream has been waited for, label pages are the seat's own, and rows are registered while
+        // their segments are borrowed.
         unsafe { of_layer.labeller.launch(&self.stream, pages.address(), labels.address(), pages.len())? };
         self.stream.synchronize().doing("labelling")
-    }
-
-    /// Copies chunks `chunks` of a slot in one layer from the host to the pages from the horizon on. Waits.
-    ///
-    /// # Errors
-    /// A failed copy.
-    pub fn fetch_tail(&mut self, layer: usize, slot: usize, chunks: Range<usize>) -> Result<(), CudaError> {
-        let Some(host) = &self.host else { return Err(CudaError::NoHostRows) };
-        let page_bytes = self.shape.geometry.page_bytes() as u64;
-        for chunk in chunks {
-            let to = self.tail_address(layer, slot) + (chunk % self.shape.tail_chunks) as u64 * page_bytes;
-            // SAFETY: the page lies in the tail, and rows are registered while this value keeps them.
-            unsafe { Probe::copy(&self.stream, to, host.page_address(layer, self.seats[slot][chunk]), page_bytes)? };
-        }
-        self.stream.synchronize().doing("fetching rows")
-    }
-
-    /// Device address of the pages from the horizon on of a slot in a layer: chunk c lies at page `c % tail_chunks`.
-    #[must_use]
-    pub fn tail_address(&self, layer: usize, slot: usize) -> u64 {
-        self.layers[layer].tail.address_of(slot * self.shape.tail_chunks * self.shape.geometry.page_bytes())
-    }
-
-    /// Copies rows of consecutive positions of one lane to the places where [`Kept::Everything`] expects them.
-    ///
-    /// # Errors
-    /// A failed copy.
-    pub fn load_rows(&mut self, layer: usize, slot: usize, lane: usize, first_row: usize, rows: &[u8]) -> Result<(), CudaError> {
-        assert_eq!(self.shape.kept, Kept::Everything, "a pool fetches rows by itself");
-        let at = ((slot * self.shape.lanes() + lane) * self.shape.pool() + first_row) * self.shape.geometry.row_bytes();
-        self.layers[layer].hot.write(&self.stream, at, rows)
     }
 
     /// Copies queries of one layer, `[slot][query head][head_dim]`.
@@ -473,14 +430,7 @@ impl Batch {
     /// # Errors
     /// A failed call.
     pub fn forget_hot_rows(&mut self, slot: usize) -> Result<(), CudaError> {
-        let (lanes, pool, rows) = (self.shape.lanes(), self.shape.pool(), self.shape.max_tokens);
-        for layer in &mut self.layers {
-            if !layer.map.is_empty() {
-                layer.map.fill(&self.stream, slot * lanes * rows..(slot + 1) * lanes * rows)?;
-                layer.owner.fill(&self.stream, slot * lanes * pool..(slot + 1) * lanes * pool)?;
-            }
-        }
-        Ok(())
+        self.seated(slot).forget_hot_rows(&self.stream)
     }
 
     /// Enqueues the states that [`Batch::set_length`] set.
@@ -498,11 +448,12 @@ impl Batch {
     /// # Errors
     /// A failed launch.
     pub fn enqueue_layer(&self, layer: usize) -> Result<(), CudaError> {
-        // SAFETY: every address of the job is of a buffer of this value, or of a host segment registered for as long as planes name it.
+        // SAFETY: every address of the job is of a buffer of this value or of a seat or segment that it keeps.
         unsafe { self.kernels.sparse_layer(&self.stream, &self.grid, &self.jobs[layer]) }
     }
 
-    /// Enqueues the exact attention of one layer over all rows kept: for [`Kept::Everything`] and settings that select everything.
+    /// Enqueues the exact attention of one layer over all rows kept: for steps that select nothing, or everything of
+    /// [`super::seat::Kept::Everything`].
     ///
     /// # Errors
     /// A failed launch.
@@ -641,37 +592,18 @@ impl Workspace {
 }
 
 impl Layer {
-    fn new(gpu: &Gpu, compiler: &Compiler, stream: &Arc<CudaStream>, shape: &BatchShape, coder: &LabelCoder) -> Result<Self, CudaError> {
-        let context = &gpu.context;
-        let (lanes, pool) = (shape.slots * shape.lanes(), shape.pool());
-        let mapped = matches!(shape.kept, Kept::Pool(_));
-        let in_map = if mapped { lanes } else { 0 };
-        let mut layer = Self {
-            labels: DeviceBuffer::zeroed(context, lanes * shape.max_tokens * shape.plan.label_bytes())?,
-            tail: DeviceBuffer::zeroed(context, shape.slots * shape.tail_chunks * shape.geometry.page_bytes())?,
-            hot: DeviceBuffer::zeroed(context, lanes * pool * shape.geometry.row_bytes())?,
-            map: DeviceBuffer::filled(context, in_map * shape.max_tokens)?,
-            owner: DeviceBuffer::filled(context, in_map * pool)?,
-            places: DeviceBuffer::zeroed(context, shape.slots)?,
-            planes: DeviceBuffer::zeroed(context, MAX_SEGMENTS)?,
-            labeller: Labeller::new(gpu, compiler, stream, &shape.geometry, coder)?,
-        };
-        let places: Vec<LayerPlace> = (0..shape.slots).map(|slot| layer.place(shape, slot)).collect();
-        layer.places.write(stream, 0, &places)?;
-        Ok(layer)
-    }
-
-    fn place(&self, shape: &BatchShape, slot: usize) -> LayerPlace {
-        let (lanes, pool) = (slot * shape.lanes(), shape.pool());
-        let mapped = !self.map.is_empty();
-        LayerPlace {
-            labels: self.labels.address_of(lanes * shape.max_tokens * shape.plan.label_bytes()),
-            tail: self.tail.address_of(slot * shape.tail_chunks * shape.geometry.page_bytes()),
-            hot: self.hot.address_of(lanes * pool * shape.geometry.row_bytes()),
-            map: if mapped { self.map.address_of(lanes * shape.max_tokens) } else { 0 },
-            owner: if mapped { self.owner.address_of(lanes * pool) } else { 0 },
-            pool: pool as u32,
-            tail_chunks: shape.tail_chunks as u32,
-        }
+    fn new(
+        gpu: &Gpu,
+        compiler: &Compiler,
+        stream: &Arc<CudaStream>,
+        shape: &BatchShape,
+        layer: &BatchLayer<'_>,
+    ) -> Result<Self, CudaError> {
+        Ok(Self {
+            places: DeviceBuffer::zeroed(&gpu.context, shape.slots)?,
+            planes: DeviceBuffer::zeroed(&gpu.context, MAX_SEGMENTS)?,
+            labeller: Labeller::new(gpu, compiler, stream, &shape.geometry, layer.coder)?,
+            host: layer.host.clone(),
+        })
     }
 }

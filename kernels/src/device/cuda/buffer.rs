@@ -1,7 +1,8 @@
 //! Memory that the device reads or writes: its own, pinned host memory, and registered ranges of files mapped by others.
 //!
 //! All of it is allocated at set-up and freed with its value; freeing device memory waits for the device. Kernels get plain addresses, so
-//! the owner of a buffer keeps it until the launches that use it are done.
+//! the owner of a buffer keeps it until the launches that use it are done. What lies in device memory is changed through shared references:
+//! streams order its readers and writers, and no reference to it exists on the host.
 
 use std::any::Any;
 use std::ffi::c_void;
@@ -75,7 +76,7 @@ impl<T: Pod> DeviceBuffer<T> {
     /// # Errors
     /// Memory that the device does not have, or a failed copy.
     pub fn from_slice(stream: &CudaStream, values: &[T]) -> Result<Self, CudaError> {
-        let mut buffer = Self::uninitialised(stream.context(), values.len())?;
+        let buffer = Self::uninitialised(stream.context(), values.len())?;
         buffer.write(stream, 0, values)?;
         Ok(buffer)
     }
@@ -129,7 +130,7 @@ impl<T: Pod> DeviceBuffer<T> {
     ///
     /// # Errors
     /// A failed copy, or an earlier failure of the device.
-    pub fn write(&mut self, stream: &CudaStream, first: usize, values: &[T]) -> Result<(), CudaError> {
+    pub fn write(&self, stream: &CudaStream, first: usize, values: &[T]) -> Result<(), CudaError> {
         // SAFETY: the values are borrowed until the stream has been waited for.
         unsafe { self.write_async(stream, first, values) }?;
         stream.synchronize().doing("copying to the device")
@@ -142,7 +143,7 @@ impl<T: Pod> DeviceBuffer<T> {
     ///
     /// # Errors
     /// A copy that the driver refuses.
-    pub unsafe fn write_async(&mut self, stream: &CudaStream, first: usize, values: &[T]) -> Result<(), CudaError> {
+    pub unsafe fn write_async(&self, stream: &CudaStream, first: usize, values: &[T]) -> Result<(), CudaError> {
         let bytes = size_of_val(values);
         let to = self.checked(first, values.len());
         self.context.bind_to_thread().doing("entering the context")?;
@@ -189,7 +190,7 @@ impl<T: Pod> DeviceBuffer<T> {
     ///
     /// # Errors
     /// A call that the driver refuses.
-    pub fn clear(&mut self, stream: &CudaStream, range: Range<usize>) -> Result<(), CudaError> {
+    pub fn clear(&self, stream: &CudaStream, range: Range<usize>) -> Result<(), CudaError> {
         self.set_bytes(stream, range, 0)
     }
 
@@ -197,11 +198,11 @@ impl<T: Pod> DeviceBuffer<T> {
     ///
     /// # Errors
     /// A call that the driver refuses.
-    pub fn fill(&mut self, stream: &CudaStream, range: Range<usize>) -> Result<(), CudaError> {
+    pub fn fill(&self, stream: &CudaStream, range: Range<usize>) -> Result<(), CudaError> {
         self.set_bytes(stream, range, 0xFF)
     }
 
-    fn set_bytes(&mut self, stream: &CudaStream, range: Range<usize>, byte: u8) -> Result<(), CudaError> {
+    fn set_bytes(&self, stream: &CudaStream, range: Range<usize>, byte: u8) -> Result<(), CudaError> {
         let to = self.checked(range.start, range.len());
         self.context.bind_to_thread().doing("entering the context")?;
         if !range.is_empty() {
@@ -217,7 +218,7 @@ impl<T: Pod> DeviceBuffer<T> {
     ///
     /// # Errors
     /// A call that the driver refuses.
-    pub fn set(&mut self, stream: &CudaStream, range: Range<usize>, value: T) -> Result<(), CudaError> {
+    pub fn set(&self, stream: &CudaStream, range: Range<usize>, value: T) -> Result<(), CudaError> {
         let to = self.checked(range.start, range.len());
         self.context.bind_to_thread().doing("entering the context")?;
         if !range.is_empty() {
@@ -399,6 +400,18 @@ impl Drop for RegisteredRange {
             self.context.record_err(result.result());
         }
     }
+}
+
+/// Enqueues a copy between device memory and registered host memory, or within either.
+///
+/// # Safety
+/// Both ranges are valid until the stream has passed this point.
+///
+/// # Errors
+/// A copy that the driver refuses.
+pub unsafe fn copy(stream: &CudaStream, to: u64, from: u64, bytes: u64) -> Result<(), CudaError> {
+    // SAFETY: the caller's promise; registered host addresses are device addresses too.
+    unsafe { sys::cuMemcpyAsync(to, from, bytes as usize, stream.cu_stream()) }.result().doing("copying across the link")
 }
 
 /// An allocation error with what the device has.

@@ -145,14 +145,14 @@ __device__ __forceinline__ Fetch take_item(const StepJob& job, u32 slot, const S
     const u32 row = reinterpret_cast<const u32*>(job.positions)[list + index];
     const u32 to = reinterpret_cast<const u32*>(job.victims)[list + room.before[part][lane] + rank];
     u32* owner = reinterpret_cast<u32*>(place.owner) + (u64)lane * place.pool + to;
-    u16* map = reinterpret_cast<u16*>(place.map) + (u64)lane * job.max_rows;
+    u16* map = reinterpret_cast<u16*>(place.map) + (u64)lane * place.max_rows;
     const u32 old = *owner;
     if (old != NOBODY) map[old] = (u16)COLD;
     *owner = row;
     map[row] = (u16)to;
     reinterpret_cast<u32*>(job.hot_places)[list + index] = to;
     const u32 chunk = reinterpret_cast<const u32*>(sequence.slots)[row / CHUNK_TOKENS];
-    const u64 page = reinterpret_cast<const u64*>(job.planes)[chunk >> 16] + (chunk & 0xFFFFu) * job.page_bytes;
+    const u64 page = reinterpret_cast<const u64*>(job.planes)[chunk >> 16] + (chunk & 0xFFFFu) * job.host_page_bytes;
     return {page + ((u64)lane * CHUNK_TOKENS + row % CHUNK_TOKENS) * ROW_BYTES, place.hot + ((u64)lane * place.pool + to) * ROW_BYTES};
 }
 

@@ -33,8 +33,8 @@ pub struct SequenceState {
     pub sinks: u32,
     /// Host place of the chunk that the newest row is written to, or [`NOBODY`].
     pub append_to: u32,
-    /// Zero.
-    pub unused: u32,
+    /// Rows of an attention block: a multiple of 64. Results depend on it, so it is a function of the length and the settings.
+    pub block_rows: u32,
 }
 
 /// Where one layer of the sequence in a batch slot lies on the device.
@@ -47,7 +47,7 @@ pub struct LayerPlace {
     pub tail: u64,
     /// `[lane][pool][row_bytes]`.
     pub hot: u64,
-    /// u16 `[lane][max_rows]`: hot place of a row, or [`COLD`]. Zero: row p lies at hot place p.
+    /// u16 `[lane][max_rows]` with this seat's `max_rows`: hot place of a row, or [`COLD`]. Zero: row p lies at hot place p.
     pub map: u64,
     /// u32 `[lane][pool]`: row of a hot place, or [`NOBODY`].
     pub owner: u64,
@@ -55,6 +55,10 @@ pub struct LayerPlace {
     pub pool: u32,
     /// Pages of the tail.
     pub tail_chunks: u32,
+    /// Rows a lane of the map has room for.
+    pub max_rows: u32,
+    /// Zero.
+    pub unused: u32,
 }
 
 /// What a part of a lane's rows contributes to the lane's list.
@@ -93,12 +97,14 @@ pub struct StepJob {
     pub sequences: u64,
     /// [`LayerPlace`] by batch slot.
     pub places: u64,
-    /// u64 by segment: device address of this layer's plane.
+    /// u64 by segment: device address of the first lane in this layer's plane.
     pub planes: u64,
     /// `[slot][lane][row_bytes]`: newest rows.
     pub new_rows: u64,
-    /// Bytes of a page of rows.
+    /// Bytes of a page of rows on the device.
     pub page_bytes: u64,
+    /// Bytes from one page to the next on the host, where a page has other workers' lanes as well.
+    pub host_page_bytes: u64,
     /// u16 `[lane][channels]`.
     pub channels: u64,
     /// f32 `[lane][channels]`.
@@ -147,12 +153,12 @@ pub struct StepJob {
     pub max_count: u32,
     /// Attention blocks a lane has room for.
     pub max_blocks: u32,
-    /// Listed rows of an attention block.
-    pub block_rows: u32,
     /// Rows of the trace.
     pub trace_rows: u32,
     /// Softmax scale times log2 e.
     pub score_scale: f32,
     /// Batch slots.
     pub slots: u32,
+    /// Zero.
+    pub unused: u32,
 }

@@ -14,6 +14,7 @@ pub mod many;
 pub mod module;
 pub mod open;
 pub mod probe;
+pub mod seat;
 pub mod staged;
 mod staged_step;
 pub mod step;

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
-use cudarc::driver::{CudaStream, sys};
+use cudarc::driver::CudaStream;
 
-use super::buffer::DeviceBuffer;
+use super::buffer::{DeviceBuffer, copy};
 use super::compile::Compiler;
 use super::error::{CudaError, Doing};
 use super::host::HostRows;
@@ -75,22 +75,10 @@ impl Probe {
         for (from, bytes) in host.pieces(plane) {
             let bytes = bytes.min(to.bytes() as u64 - done);
             // SAFETY: the piece is registered while `host` lives, which its owner keeps past the stream; freeing the buffer waits.
-            unsafe { Self::copy(stream, to.address() + done, from, bytes)? };
+            unsafe { copy(stream, to.address() + done, from, bytes)? };
             done += bytes;
         }
         stream.synchronize().doing("copying across the link")?;
         Ok(done)
-    }
-
-    /// Enqueues a copy from registered host memory to the device by the copy engine.
-    ///
-    /// # Safety
-    /// Both ranges are valid until the stream has passed this point.
-    ///
-    /// # Errors
-    /// A copy that the driver refuses.
-    pub unsafe fn copy(stream: &Arc<CudaStream>, to: u64, from: u64, bytes: u64) -> Result<(), CudaError> {
-        // SAFETY: the caller's promise; registered host addresses are device addresses too.
-        unsafe { sys::cuMemcpyAsync(to, from, bytes as usize, stream.cu_stream()) }.result().doing("copying across the link")
     }
 }

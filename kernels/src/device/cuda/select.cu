@@ -293,7 +293,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) compact(const StepJob job)
     u32* positions = reinterpret_cast<u32*>(job.positions) + list;
     write_positions(keys, part_of(rows, part), share, positions, room, &last_tie);
     if (place.map == 0) return;
-    const u16* map = reinterpret_cast<const u16*>(place.map) + (u64)lane * job.max_rows;
+    const u16* map = reinterpret_cast<const u16*>(place.map) + (u64)lane * place.max_rows;
     u32* places = reinterpret_cast<u32*>(job.hot_places) + list;
     u32* misses = reinterpret_cast<u32*>(job.misses) + list;
     const u32 missed = look_up(map, positions, share.first, share.count, places, misses, room);

@@ -49,7 +49,7 @@ pub(super) fn score(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Score
     let (sample, score) = (module.kernel("sample", 0)?, module.kernel("score", 0)?);
 
     let context = stream.context();
-    let mut labels = DeviceBuffer::<u8>::uninitialised(context, chunks * page_bytes)?;
+    let labels = DeviceBuffer::<u8>::uninitialised(context, chunks * page_bytes)?;
     for (chunk, page) in job.labels.iter().enumerate() {
         assert_eq!(page.len(), page_bytes, "bytes of a label page");
         labels.write(stream, chunk * page_bytes, page)?;
@@ -114,7 +114,7 @@ pub(super) fn select(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Sele
     let context = stream.context();
     // Rows that fill up the last chunk have the lowest key and the highest positions, so they are never selected.
     let padded = rows.next_multiple_of(CHUNK_TOKENS);
-    let mut room = DeviceBuffer::<u16>::zeroed(context, lanes * padded)?;
+    let room = DeviceBuffer::<u16>::zeroed(context, lanes * padded)?;
     for (lane, keys) in keys.chunks_exact(rows).enumerate() {
         room.write(stream, lane * padded, keys)?;
     }
@@ -233,6 +233,7 @@ pub(super) fn attend(
         chunks: (rows.horizon / CHUNK_TOKENS) as u32,
         count: rows.listed_per_lane as u32,
         append_to: NOBODY,
+        block_rows: BLOCK_ROWS as u32,
         ..SequenceState::default()
     };
     let place = LayerPlace {
@@ -254,7 +255,6 @@ pub(super) fn attend(
         lanes: lanes as u32,
         max_count: rows.listed_per_lane as u32,
         max_blocks: blocks as u32,
-        block_rows: BLOCK_ROWS as u32,
         score_scale: geometry.softmax_scale * std::f32::consts::LOG2_E,
         ..seat.job()
     };

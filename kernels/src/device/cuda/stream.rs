@@ -5,10 +5,10 @@ use std::sync::Arc;
 use cudarc::driver::{CudaEvent, CudaStream};
 
 use super::batch::Batch;
+use super::buffer::copy;
 use super::error::{CudaError, Doing};
 use super::host::HostRows;
 use super::open::Gpu;
-use super::probe::Probe;
 
 /// A batch of two layers, which are the two buffers, and the copies into them.
 pub struct DoubleBuffer {
@@ -25,8 +25,9 @@ impl DoubleBuffer {
     /// # Errors
     /// Too little room; streams or events that the driver refuses.
     pub fn new(gpu: &Gpu, batch: Batch, host: Arc<HostRows>) -> Result<Self, CudaError> {
-        assert_eq!(batch.shape().layers, 2, "two buffers");
-        let room = (batch.shape().tail_chunks * batch.shape().geometry.page_bytes()) as u64;
+        assert_eq!(batch.layers(), 2, "two buffers");
+        let tail = batch.seat(0).map_or(0, |seat| seat.shape().tail_chunks);
+        let room = (tail * batch.shape().geometry.page_bytes()) as u64;
         let bytes = host.pieces(0).iter().map(|piece| piece.1).sum();
         if bytes > room {
             return Err(CudaError::Bound { field: "bytes of a layer", value: bytes, low: 0, high: room });
@@ -53,10 +54,10 @@ impl DoubleBuffer {
         for layer in 0..layers {
             let buffer = layer % 2;
             self.copies.wait(&self.attended[buffer]).doing("waiting for a buffer")?;
-            let mut to = self.batch.tail_address(buffer, 0);
+            let Some(mut to) = self.batch.seat(0).map(|seat| seat.tail_address(buffer)) else { return Ok(()) };
             for (from, bytes) in self.host.pieces(layer) {
                 // SAFETY: the pieces are registered while `host` lives, fit the buffer (checked in `new`), and it is not being attended.
-                unsafe { Probe::copy(&self.copies, to, from, bytes)? };
+                unsafe { copy(&self.copies, to, from, bytes)? };
                 to += bytes;
             }
             self.copied[buffer].record(&self.copies).doing("recording an event")?;

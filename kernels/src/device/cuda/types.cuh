@@ -25,7 +25,7 @@ struct SequenceState {
     u32 count;        // rows to select a lane; chunks * 256 for all of them
     u32 sinks;        // first rows that are always selected
     u32 append_to;    // host place of the chunk that the newest row is written to: segment << 16 | index; NOBODY: none
-    u32 unused;
+    u32 block_rows;   // rows of an attention block: a multiple of 64
 };
 
 // Where one layer of the sequence in a batch slot lies on the device. In device memory.
@@ -37,6 +37,8 @@ struct LayerPlace {
     u64 owner;   // u32[lane][pool]: row of a hot place, or NOBODY
     u32 pool;    // hot places a lane; at most COLD
     u32 tail_chunks;
+    u32 max_rows;  // of the map
+    u32 unused;
 };
 
 // What a part of a lane's rows contributes to the lane's list.
@@ -58,9 +60,10 @@ struct VictimCounts {
 struct StepJob {
     u64 sequences;     // SequenceState[slot]
     u64 places;        // LayerPlace[slot], of this layer
-    u64 planes;        // u64[segment]: device address of this layer's plane in a host segment
+    u64 planes;        // u64[segment]: device address of the first lane in this layer's plane of a host segment
     u64 new_rows;      // [slot][lane][ROW_BYTES]: the newest row of each sequence
-    u64 page_bytes;    // bytes of a page of rows: lanes x 256 x ROW_BYTES
+    u64 page_bytes;    // bytes of a page of rows on the device: lanes x 256 x ROW_BYTES
+    u64 host_page_bytes; // from one page to the next on the host, where a page has other workers' lanes as well
     u64 channels;      // u16[lane][CHANNELS]
     u64 steps;         // f32[lane][CHANNELS]
     u64 query;         // f32[slot][query head][HEAD_DIM]
@@ -85,10 +88,10 @@ struct StepJob {
     u32 max_rows;      // multiple of 256
     u32 max_count;
     u32 max_blocks;    // attention blocks a lane
-    u32 block_rows;    // listed rows of an attention block: a multiple of 64
     u32 trace_rows;
     float score_scale; // softmax scale x log2 e
     u32 slots;
+    u32 unused;
 };
 
 static_assert(sizeof(SequenceState) == SEQUENCE_STATE_BYTES, "as in jobs.rs");

@@ -1,0 +1,301 @@
+//! The device memory of one sequence: its labels, hot rows and newest rows in every layer of one shape.
+//!
+//! A seat is allocated when a sequence is admitted and freed with its value. A [`super::batch::Batch`] works on any seats of its shape.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use super::buffer::{DeviceBuffer, copy};
+use super::error::{CudaError, Doing};
+use super::jobs::{COLD, LayerPlace};
+use super::open::Gpu;
+use crate::device::LayerGeometry;
+use crate::label::LabelPlan;
+use crate::slot::CHUNK_TOKENS;
+
+/// Which rows before the horizon the device keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// So many rows a lane, the most important ones lately; at least as many as a lane selects, fewer than 65,535.
+    Pool(usize),
+    /// All of them.
+    Everything,
+}
+
+/// What a seat has room for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SeatShape {
+    /// Shape of the rows of every layer.
+    pub geometry: LayerGeometry,
+    /// Labels.
+    pub plan: LabelPlan,
+    /// Layers.
+    pub layers: usize,
+    /// Tokens: a multiple of 256.
+    pub max_tokens: usize,
+    /// Rows before the horizon that are kept.
+    pub kept: Kept,
+    /// Chunks from the horizon on.
+    pub tail_chunks: usize,
+}
+
+/// Device memory by what it is for, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct DeviceBytes {
+    /// Label pages.
+    pub labels: u64,
+    /// Hot rows.
+    pub hot_rows: u64,
+    /// Maps from rows to hot places, and back.
+    pub maps: u64,
+    /// Rows from the horizon on.
+    pub tail: u64,
+    /// Tables, and what steps need besides.
+    pub workspace: u64,
+}
+
+impl DeviceBytes {
+    /// All of it.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.labels + self.hot_rows + self.maps + self.tail + self.workspace
+    }
+}
+
+impl std::ops::AddAssign for DeviceBytes {
+    fn add_assign(&mut self, other: Self) {
+        self.labels += other.labels;
+        self.hot_rows += other.hot_rows;
+        self.maps += other.maps;
+        self.tail += other.tail;
+        self.workspace += other.workspace;
+    }
+}
+
+impl SeatShape {
+    pub(super) fn lanes(&self) -> usize {
+        self.geometry.heads.lanes()
+    }
+
+    pub(super) fn chunks(&self) -> usize {
+        self.max_tokens / CHUNK_TOKENS
+    }
+
+    /// Hot places a lane.
+    fn pool(&self) -> usize {
+        match self.kept {
+            Kept::Pool(rows) => rows,
+            Kept::Everything => self.max_tokens,
+        }
+    }
+
+    fn label_page_bytes(&self) -> usize {
+        self.lanes() * CHUNK_TOKENS * self.plan.label_bytes()
+    }
+
+    /// Lanes that have a map.
+    fn mapped_lanes(&self) -> usize {
+        if matches!(self.kept, Kept::Pool(_)) { self.lanes() } else { 0 }
+    }
+
+    /// What a seat takes.
+    #[must_use]
+    pub fn bytes(&self) -> DeviceBytes {
+        let (layers, lanes) = (self.layers as u64, self.lanes() as u64);
+        let mapped = self.mapped_lanes() * (self.max_tokens * size_of::<u16>() + self.pool() * size_of::<u32>());
+        DeviceBytes {
+            labels: layers * (self.chunks() * self.label_page_bytes()) as u64,
+            hot_rows: layers * lanes * (self.pool() * self.geometry.row_bytes()) as u64,
+            maps: layers * mapped as u64,
+            tail: layers * (self.tail_chunks * self.geometry.page_bytes()) as u64,
+            workspace: (2 * self.chunks() * size_of::<u32>()) as u64,
+        }
+    }
+
+    pub(super) fn check(&self) -> Result<(), CudaError> {
+        bound("layers", self.layers, 1, 65_535)?;
+        bound("tail_chunks", self.tail_chunks, 1, 65_535)?;
+        bound("max_tokens", self.max_tokens, CHUNK_TOKENS, 1 << 24)?;
+        bound("max_tokens modulo 256", self.max_tokens % CHUNK_TOKENS, 0, 0)?;
+        match self.kept {
+            Kept::Pool(rows) => bound("hot rows of a lane", rows, 0, usize::from(COLD) - 1),
+            Kept::Everything => Ok(()),
+        }
+    }
+}
+
+/// Refuses a value out of its bound.
+pub(super) fn bound(field: &'static str, value: usize, low: usize, high: usize) -> Result<(), CudaError> {
+    let fits = (low..=high).contains(&value);
+    if fits { Ok(()) } else { Err(CudaError::Bound { field, value: value as u64, low: low as u64, high: high as u64 }) }
+}
+
+/// One layer's memory.
+#[derive(Debug)]
+struct SeatLayer {
+    labels: DeviceBuffer<u8>,
+    tail: DeviceBuffer<u8>,
+    hot: DeviceBuffer<u8>,
+    map: DeviceBuffer<u16>,
+    owner: DeviceBuffer<u32>,
+}
+
+impl SeatLayer {
+    fn new(gpu: &Gpu, shape: &SeatShape) -> Result<Self, CudaError> {
+        let context = &gpu.context;
+        let mapped = shape.mapped_lanes();
+        Ok(Self {
+            labels: DeviceBuffer::uninitialised(context, shape.chunks() * shape.label_page_bytes())?,
+            tail: DeviceBuffer::zeroed(context, shape.tail_chunks * shape.geometry.page_bytes())?,
+            hot: DeviceBuffer::uninitialised(context, shape.lanes() * shape.pool() * shape.geometry.row_bytes())?,
+            map: DeviceBuffer::filled(context, mapped * shape.max_tokens)?,
+            owner: DeviceBuffer::filled(context, mapped * shape.pool())?,
+        })
+    }
+}
+
+/// Device memory of one sequence.
+#[derive(Debug)]
+pub struct Seat {
+    shape: SeatShape,
+    layers: Vec<SeatLayer>,
+    /// By chunk: host places, then places of labels.
+    tables: DeviceBuffer<u32>,
+}
+
+impl Seat {
+    /// Allocates everything; nothing is hot.
+    ///
+    /// # Errors
+    /// A shape out of bounds, or memory that the device does not have.
+    pub fn new(gpu: &Gpu, stream: &Arc<CudaStream>, shape: &SeatShape) -> Result<Self, CudaError> {
+        shape.check()?;
+        let layers = (0..shape.layers).map(|_| SeatLayer::new(gpu, shape)).collect::<Result<_, _>>()?;
+        let tables = DeviceBuffer::zeroed(&gpu.context, 2 * shape.chunks())?;
+        let labels: Vec<u32> = (0..shape.chunks() as u32).collect();
+        tables.write(stream, shape.chunks(), &labels)?;
+        Ok(Self { shape: shape.clone(), layers, tables })
+    }
+
+    /// What there is room for.
+    #[must_use]
+    pub fn shape(&self) -> &SeatShape {
+        &self.shape
+    }
+
+    /// Tells kernels where rows of the chunks from `first` on lie on the host: `segment << 16 | index`.
+    ///
+    /// # Errors
+    /// More chunks than there is room for, or a failed copy.
+    pub fn set_host_places(&self, stream: &Arc<CudaStream>, first: usize, places: &[u32]) -> Result<(), CudaError> {
+        bound("chunks", first + places.len(), 0, self.shape.chunks())?;
+        self.tables.write(stream, first, places)
+    }
+
+    pub(super) fn host_places_address(&self) -> u64 {
+        self.tables.address()
+    }
+
+    pub(super) fn label_places_address(&self) -> u64 {
+        self.tables.address_of(self.shape.chunks())
+    }
+
+    /// What kernels need to know of a layer.
+    pub(super) fn place(&self, layer: usize) -> LayerPlace {
+        let memory = &self.layers[layer];
+        LayerPlace {
+            labels: memory.labels.address(),
+            tail: memory.tail.address(),
+            hot: memory.hot.address(),
+            map: memory.map.address(),
+            owner: memory.owner.address(),
+            pool: self.shape.pool() as u32,
+            tail_chunks: self.shape.tail_chunks as u32,
+            max_rows: self.shape.max_tokens as u32,
+            unused: 0,
+        }
+    }
+
+    /// Device address of a chunk's labels in a layer.
+    #[must_use]
+    pub fn label_address(&self, layer: usize, chunk: usize) -> u64 {
+        self.layers[layer].labels.address_of(chunk * self.shape.label_page_bytes())
+    }
+
+    /// Copies label pages of consecutive chunks, `lanes x 256 x label_bytes` each. Waits.
+    ///
+    /// # Errors
+    /// More chunks than there is room for, or a failed copy.
+    pub fn write_labels(&self, stream: &Arc<CudaStream>, layer: usize, first: usize, pages: &[&[u8]]) -> Result<(), CudaError> {
+        bound("chunks", first + pages.len(), 0, self.shape.chunks())?;
+        for (chunk, page) in (first..).zip(pages) {
+            assert_eq!(page.len(), self.shape.label_page_bytes(), "bytes of a label page");
+            // SAFETY: the pages are borrowed until the stream has been waited for.
+            unsafe { self.layers[layer].labels.write_async(stream, chunk * page.len(), page)? };
+        }
+        stream.synchronize().doing("copying labels")
+    }
+
+    /// Device address of the pages from the horizon on: chunk c lies at page `c % tail_chunks`.
+    #[must_use]
+    pub fn tail_address(&self, layer: usize) -> u64 {
+        self.layers[layer].tail.address()
+    }
+
+    /// Copies pages of consecutive chunks, `lanes x 256 x row_bytes` each, to their places from the horizon on. Waits.
+    ///
+    /// # Errors
+    /// A failed copy.
+    pub fn write_tail(&self, stream: &Arc<CudaStream>, layer: usize, first: usize, pages: &[&[u8]]) -> Result<(), CudaError> {
+        for (chunk, page) in (first..).zip(pages) {
+            assert_eq!(page.len(), self.shape.geometry.page_bytes(), "bytes of a page");
+            let at = chunk % self.shape.tail_chunks * page.len();
+            // SAFETY: the pages are borrowed until the stream has been waited for.
+            unsafe { self.layers[layer].tail.write_async(stream, at, page)? };
+        }
+        stream.synchronize().doing("copying rows")
+    }
+
+    /// Copies rows of consecutive positions of one lane to the places where [`Kept::Everything`] expects them. Waits.
+    ///
+    /// # Errors
+    /// A failed copy.
+    pub fn load_rows(&self, stream: &Arc<CudaStream>, layer: usize, lane: usize, first_row: usize, rows: &[u8]) -> Result<(), CudaError> {
+        assert_eq!(self.shape.kept, Kept::Everything, "a pool fetches rows by itself");
+        let at = (lane * self.shape.pool() + first_row) * self.shape.geometry.row_bytes();
+        self.layers[layer].hot.write(stream, at, rows)
+    }
+
+    /// Forgets all hot rows.
+    ///
+    /// # Errors
+    /// A failed call.
+    pub fn forget_hot_rows(&self, stream: &Arc<CudaStream>) -> Result<(), CudaError> {
+        for layer in &self.layers {
+            layer.map.fill(stream, 0..layer.map.len())?;
+            layer.owner.fill(stream, 0..layer.owner.len())?;
+        }
+        Ok(())
+    }
+
+    /// Takes over the labels of the chunks below `chunks` and the rows from the horizon on from a smaller seat of the same sequence.
+    ///
+    /// # Errors
+    /// A copy that the driver refuses.
+    pub fn take_over(&self, stream: &Arc<CudaStream>, smaller: &Self, chunks: Range<usize>) -> Result<(), CudaError> {
+        assert!(chunks.end <= smaller.shape.chunks().min(self.shape.chunks()), "chunks of both seats");
+        assert_eq!(self.shape.tail_chunks, smaller.shape.tail_chunks, "pages from the horizon on");
+        let bytes = (chunks.len() * self.shape.label_page_bytes()) as u64;
+        for layer in 0..self.shape.layers {
+            let (to, from) = (self.label_address(layer, chunks.start), smaller.label_address(layer, chunks.start));
+            // SAFETY: both ranges lie in label pages of living seats; freeing a seat waits for the device.
+            unsafe { copy(stream, to, from, bytes)? };
+            let tail = self.layers[layer].tail.bytes() as u64;
+            // SAFETY: both tails have this many bytes, as asserted.
+            unsafe { copy(stream, self.tail_address(layer), smaller.tail_address(layer), tail)? };
+        }
+        Ok(())
+    }
+}
