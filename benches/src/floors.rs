@@ -188,7 +188,7 @@ mod tests {
     #[test]
     fn the_view_follows_the_board() {
         let layer = LayerShape { kind: LaneKind::Selected, query_heads: 2, kv_heads: 1, head_dim: 64, softmax_scale: 0.125 };
-        let shape = ModelShape { row_type: RowType::F16, layers: vec![layer; 2] };
+        let shape = ModelShape::unscaled(RowType::F16, vec![layer; 2]);
         let plan = LabelPlan::small(64);
         let (row_page, label_page) = (256 * 256_u64, 256 * 8_u64);
         let folder = tempfile::tempdir().expect("a folder");

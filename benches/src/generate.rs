@@ -98,6 +98,7 @@ pub fn run(arguments: &GenerateArguments) -> Result<()> {
     let mut shown = Shown { model: &model, ids: Vec::new(), bytes: 0, live: arguments.format == Format::Table };
     let mut each = |token| shown.push(token);
     let continuation = if arguments.dense {
+        ensure!(row_type != RowType::Fp8, "--row-type: fp8, which takes its scales from --calibrate-on, but --dense calibrates nothing");
         let mut layers = arguments.model.dense(&model, row_type)?;
         greedy(&model, &prompt, arguments.count, &mut layers, &mut each)?
     } else {

@@ -13,6 +13,8 @@ use std::ops::Range;
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use sluice_kernels::rows::{e4m3, read_elements};
+use sluice_kernels::scales::RowScale;
 use sluice_kernels::shape::{LayerShape, ModelShape, RowType};
 use sluice_kernels::slot::CHUNK_TOKENS;
 
@@ -31,6 +33,19 @@ const KEY_NOISE: f32 = 0.9;
 const QUERY_NOISE: f32 = 0.4;
 /// What a query gains from a key of its own cluster over one of another, in nats after the softmax scale.
 const QUERY_GAIN: f32 = 9.0;
+
+/// Scales of fp8 rows of these numbers, in every lane: the largest of a long sequence lie well inside.
+pub const ROW_SCALE: RowScale = RowScale { key: 0.5, value: 1.0 / 64.0 };
+
+/// The shape of a model whose rows this generator makes, with its scales where they are fp8.
+#[must_use]
+pub fn generated_shape(row_type: RowType, layers: Vec<LayerShape>) -> ModelShape {
+    let mut shape = ModelShape::unscaled(row_type, layers);
+    if row_type == RowType::Fp8 {
+        shape.scales = shape.layers.iter().map(|layer| vec![ROW_SCALE; layer.lanes()].into()).collect();
+    }
+    shape
+}
 
 /// A deterministic source of rows and queries for a model shape.
 pub struct Generator {
@@ -63,14 +78,14 @@ struct Lane {
 }
 
 impl Generator {
-    /// A generator for a checked shape.
+    /// A generator for a checked shape; of fp8 rows, one of [`generated_shape`].
     #[must_use]
     pub fn new(shape: &ModelShape, seed: u64) -> Self {
         let widest = shape.layers.iter().map(|layer| usize::from(layer.head_dim)).max().unwrap_or(0);
         let mut random = Random::new(&[seed, 0]);
         let noise: Vec<f32> = (0..POOL + widest).map(|_| random.normal()).collect();
         let mut values = vec![0; (POOL + widest) * shape.row_type.element_bytes()];
-        encode(shape.row_type, &(0..POOL + widest).map(|_| random.normal()).collect::<Vec<_>>(), &mut values);
+        encode(shape.row_type, ROW_SCALE.value, &(0..POOL + widest).map(|_| random.normal()).collect::<Vec<_>>(), &mut values);
         let layers = shape.layers.iter().enumerate().map(|(index, layer)| Layer {
             shape: *layer,
             lanes: (0..layer.lanes()).map(|lane| Lane::new(layer, Random::new(&[seed, 1, index as u64, lane as u64]))).collect(),
@@ -104,7 +119,7 @@ impl Generator {
             for (position, row) in positions.clone().zip(out.chunks_exact_mut(row_bytes)) {
                 self.exact_key(layer, lane, position, &mut key);
                 let (key_bytes, value_bytes) = row.split_at_mut(row_bytes / 2);
-                encode(self.row_type, &key, key_bytes);
+                encode(self.row_type, ROW_SCALE.key, &key, key_bytes);
                 let window =
                     (mix(&[self.seed, 3, layer as u64, lane as u64, position as u64]) >> 48) as usize * self.row_type.element_bytes();
                 value_bytes.copy_from_slice(&self.values[window..window + value_bytes.len()]);
@@ -118,8 +133,8 @@ impl Generator {
         let mut stored = vec![0; channels * self.row_type.element_bytes()];
         for (position, key) in positions.zip(out.chunks_exact_mut(channels)) {
             self.exact_key(layer, lane, position, key);
-            encode(self.row_type, key, &mut stored);
-            decode(self.row_type, &stored, key);
+            encode(self.row_type, ROW_SCALE.key, key, &mut stored);
+            read_elements(self.row_type, &stored, ROW_SCALE.key, key);
         }
     }
 
@@ -218,8 +233,8 @@ fn skewed(bits: u64) -> usize {
     ((unit * unit * CLUSTERS as f32) as usize).min(CLUSTERS - 1)
 }
 
-/// Rounds to the row type, little-endian.
-fn encode(row_type: RowType, values: &[f32], out: &mut [u8]) {
+/// Rounds to the row type, little-endian; `scale` is that of fp8 rows.
+fn encode(row_type: RowType, scale: f32, values: &[f32], out: &mut [u8]) {
     const PIECE: usize = 256;
     match row_type {
         RowType::F32 => out.copy_from_slice(bytemuck::cast_slice(values)),
@@ -237,26 +252,9 @@ fn encode(row_type: RowType, values: &[f32], out: &mut [u8]) {
                 out.copy_from_slice(bytemuck::cast_slice(&rounded[..values.len()]));
             }
         }
-    }
-}
-
-/// Reads stored numbers back.
-fn decode(row_type: RowType, bytes: &[u8], out: &mut [f32]) {
-    const PIECE: usize = 256;
-    match row_type {
-        RowType::F32 => bytemuck::cast_slice_mut(out).copy_from_slice(bytes),
-        RowType::F16 => {
-            let mut stored = [f16::ZERO; PIECE];
-            for (out, bytes) in out.chunks_mut(PIECE).zip(bytes.chunks(2 * PIECE)) {
-                bytemuck::cast_slice_mut(&mut stored[..out.len()]).copy_from_slice(bytes);
-                stored[..out.len()].convert_to_f32_slice(out);
-            }
-        }
-        RowType::Bf16 => {
-            let mut stored = [bf16::ZERO; PIECE];
-            for (out, bytes) in out.chunks_mut(PIECE).zip(bytes.chunks(2 * PIECE)) {
-                bytemuck::cast_slice_mut(&mut stored[..out.len()]).copy_from_slice(bytes);
-                stored[..out.len()].convert_to_f32_slice(out);
+        RowType::Fp8 => {
+            for (out, &value) in out.iter_mut().zip(values) {
+                *out = e4m3::code_of(value, scale);
             }
         }
     }
@@ -314,7 +312,7 @@ mod tests {
 
     fn shape(row_type: RowType) -> ModelShape {
         let layer = LayerShape { kind: LaneKind::Selected, query_heads: 4, kv_heads: 2, head_dim: 64, softmax_scale: 0.125 };
-        ModelShape { row_type, layers: vec![layer, LayerShape { head_dim: 128, softmax_scale: 128_f32.sqrt().recip(), ..layer }] }
+        generated_shape(row_type, vec![layer, LayerShape { head_dim: 128, softmax_scale: 128_f32.sqrt().recip(), ..layer }])
     }
 
     #[test]
@@ -338,9 +336,16 @@ mod tests {
         assert_ne!(one.query(0, 599, 0), one.query(0, 599, 1));
     }
 
+    /// The number of an e4m3 code, by its definition.
+    fn e4m3_number(code: u8) -> f32 {
+        let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7) / 8.0);
+        let magnitude = if exponent == 0 { mantissa * 2f32.powi(-6) } else { (1.0 + mantissa) * 2f32.powi(exponent - 7) };
+        if code < 128 { magnitude } else { -magnitude }
+    }
+
     #[test]
     fn keys_are_the_first_half_of_the_stored_rows() {
-        for row_type in [RowType::F32, RowType::F16, RowType::Bf16] {
+        for row_type in [RowType::F32, RowType::F16, RowType::Bf16, RowType::Fp8] {
             let generator = Generator::new(&shape(row_type), 3);
             let mut rows = vec![0; generator.rows_bytes(0, 9)];
             generator.fill_rows(0, 100..109, &mut rows);
@@ -355,6 +360,7 @@ mod tests {
                         RowType::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
                         RowType::F16 => f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
                         RowType::Bf16 => f32::from_bits(u32::from(u16::from_le_bytes([bytes[0], bytes[1]])) << 16),
+                        RowType::Fp8 => e4m3_number(bytes[0]) * ROW_SCALE.key,
                     };
                     assert_eq!(value, stored);
                 }

@@ -126,7 +126,12 @@ pub fn run(arguments: &RecordArguments) -> Result<()> {
     if attending.position() > 0 {
         bail!("--endpoint: the daemon holds {} tokens of the text already, whose keys cannot be recorded", attending.position());
     }
-    let shape = model.shape(row_type)?;
+    let shape = match &attending {
+        // Queries and keys alone are recorded, as the model made them: nothing of a row type is in them.
+        Attending::Dense(_) if row_type == RowType::Fp8 => model.shape(RowType::F32)?,
+        Attending::Dense(_) => model.shape(row_type)?,
+        Attending::Served(served) => served.layers.shape().clone(),
+    };
     let out = &arguments.out;
     let file = File::create(out).with_context(|| format!("--out {}", out.display()))?;
     let name = arguments.model.gguf.file_stem().unwrap_or_default().to_string_lossy().into_owned();

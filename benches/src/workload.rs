@@ -12,6 +12,7 @@ use sluice_kernels::shape::{LaneKind, LayerShape, ModelShape, RowType};
 use sluice_kernels::slot::CHUNK_TOKENS;
 
 use crate::daemon::DaemonSpec;
+use crate::generator::generated_shape;
 use crate::report::Format;
 use crate::units::{Ratio, TokenCount};
 
@@ -25,6 +26,8 @@ pub enum RowTypeName {
     F16,
     /// bfloat16.
     Bf16,
+    /// Eight bits, e4m3, with a static scale for each lane.
+    Fp8,
 }
 
 impl From<RowTypeName> for RowType {
@@ -33,6 +36,7 @@ impl From<RowTypeName> for RowType {
             RowTypeName::F32 => Self::F32,
             RowTypeName::F16 => Self::F16,
             RowTypeName::Bf16 => Self::Bf16,
+            RowTypeName::Fp8 => Self::Fp8,
         }
     }
 }
@@ -157,7 +161,7 @@ impl Workload {
             head_dim: self.head_dim,
             softmax_scale: f32::from(self.head_dim).sqrt().recip(),
         };
-        ModelShape { row_type: self.row_type.into(), layers: vec![layer; usize::from(self.layers)] }
+        generated_shape(self.row_type.into(), vec![layer; usize::from(self.layers)])
     }
 
     /// The label plan.

@@ -182,7 +182,7 @@ fn shape() -> ModelShape {
         softmax_scale: 0.125,
     };
     let window = LayerShape { kind: LaneKind::Window { tokens: 64 }, ..selected };
-    ModelShape { row_type: RowType::F16, layers: vec![window, selected] }
+    ModelShape::unscaled(RowType::F16, vec![window, selected])
 }
 
 fn record(path: &Path, selected: &[Vec<u32>]) {

@@ -1,8 +1,8 @@
 //! Calibration from the first prompt: the session sees q and k of its steps, whichever way it is attached.
 
-use half::{bf16, f16};
 use sluice_kernels::label::Calibrator;
-use sluice_kernels::shape::{LaneKind, ModelShape, RowType};
+use sluice_kernels::rows::read_elements;
+use sluice_kernels::shape::{LaneKind, ModelShape};
 
 use crate::error::ClientError;
 use crate::options::OnlineCalibration;
@@ -27,10 +27,8 @@ impl Session {
     pub(crate) fn calibrate(&mut self, step: &Step<'_>, rows: &[u8]) -> Result<(), ClientError> {
         let Some(online) = &mut self.calibrator else { return Ok(()) };
         let shape = &self.core.model.shape;
-        let layer = &shape.layers[step.layer];
-        if layer.kind == LaneKind::Selected {
-            let keys = keys_of(rows, shape.row_type, layer.lanes(), usize::from(layer.head_dim));
-            online.calibrator.add(step.layer, &keys, Some(step.queries));
+        if shape.layers[step.layer].kind == LaneKind::Selected {
+            online.calibrator.add(step.layer, &keys_of(rows, shape, step.layer), Some(step.queries));
         }
         // Set between runs only, so that one token's layers are all attended by the same rule.
         if online.calibrator.tokens() < online.wanted || self.core.run.is_some() {
@@ -47,39 +45,41 @@ impl Session {
 }
 
 /// Keys `[token][lane][head_dim]` out of rows `[lane][token][key value]`.
-fn keys_of(rows: &[u8], row_type: RowType, lanes: usize, channels: usize) -> Vec<f32> {
-    let (element, row_bytes) = (row_type.element_bytes(), 2 * channels * row_type.element_bytes());
+fn keys_of(rows: &[u8], shape: &ModelShape, layer: usize) -> Vec<f32> {
+    let (of_layer, scales) = (&shape.layers[layer], shape.scales_of(layer));
+    let (lanes, channels) = (of_layer.lanes(), usize::from(of_layer.head_dim));
+    let (key_bytes, row_bytes) = (channels * shape.row_type.element_bytes(), of_layer.row_bytes(shape.row_type));
     let tokens = rows.len() / (lanes * row_bytes);
-    let mut keys = Vec::with_capacity(tokens * lanes * channels);
-    for token in 0..tokens {
-        for lane in 0..lanes {
-            let first = (lane * tokens + token) * row_bytes;
-            let key = rows[first..first + channels * element].chunks_exact(element);
-            keys.extend(key.map(|bytes| match row_type {
-                RowType::F32 => f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]),
-                RowType::F16 => f16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
-                RowType::Bf16 => bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32(),
-            }));
-        }
+    let mut keys = vec![0.0; tokens * lanes * channels];
+    for (index, key) in keys.chunks_exact_mut(channels).enumerate() {
+        let (token, lane) = (index / lanes, index % lanes);
+        let first = (lane * tokens + token) * row_bytes;
+        read_elements(shape.row_type, &rows[first..first + key_bytes], scales.of(lane).key, key);
     }
     keys
 }
 
 #[cfg(test)]
 mod tests {
-    use sluice_kernels::shape::LayerShape;
+    use sluice_kernels::scales::RowScale;
+    use sluice_kernels::shape::{LayerShape, RowType};
 
     use super::*;
 
     #[test]
     fn keys_come_back_in_the_order_of_queries() {
         let layer = LayerShape { kind: LaneKind::Selected, query_heads: 2, kv_heads: 2, head_dim: 64, softmax_scale: 0.125 };
-        let keys: Vec<f32> = (0..3 * 128).map(|index| index as f32).collect();
+        // Small whole numbers, times two in the second lane: exact in every type, with these scales in eight bits as well.
+        let keys: Vec<f32> = (0..3 * 128).map(|index| (index % 15 * (1 + index / 64 % 2)) as f32).collect();
         let values = vec![-1.0; keys.len()];
-        for row_type in [RowType::F32, RowType::F16] {
+        for row_type in [RowType::F32, RowType::F16, RowType::Bf16, RowType::Fp8] {
+            let mut shape = ModelShape::unscaled(row_type, vec![layer]);
+            if row_type == RowType::Fp8 {
+                shape.scales = vec![vec![RowScale { key: 0.5, value: 1.0 }, RowScale { key: 2.0, value: 1.0 }].into()];
+            }
             let mut rows = Vec::new();
-            crate::rows::encode_rows(&layer, row_type, &keys, &values, &mut rows);
-            assert_eq!(keys_of(&rows, row_type, 2, 64), keys);
+            crate::rows::encode_rows(&shape, 0, 0..2, &keys, &values, &mut rows);
+            assert_eq!(keys_of(&rows, &shape, 0), keys, "{row_type:?}");
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use sluice_kernels::budget::{Budget, Settings};
-use sluice_kernels::shape::{LaneKind, LayerShape, ModelShape, RowType};
+use sluice_kernels::shape::{LaneKind, ModelShape, RowType};
 use sluice_proto::v1;
 
 use crate::error::ClientError;
@@ -73,17 +73,20 @@ pub(crate) fn model_spec(model: &ModelRegistration) -> v1::ModelSpec {
         RowType::F32 => v1::RowType::F32,
         RowType::F16 => v1::RowType::F16,
         RowType::Bf16 => v1::RowType::Bf16,
+        RowType::Fp8 => v1::RowType::F8E4m3,
     };
     v1::ModelSpec {
         name: model.name.clone(),
         weights_digest: model.weights_digest.clone().into(),
         row_type: row_type.into(),
         rotary_layout: rotary_layout.into(),
-        layers: model.shape.layers.iter().map(layer_spec).collect(),
+        layers: (0..model.shape.layers.len()).map(|layer| layer_spec(&model.shape, layer)).collect(),
     }
 }
 
-fn layer_spec(layer: &LayerShape) -> v1::LayerSpec {
+fn layer_spec(shape: &ModelShape, layer: usize) -> v1::LayerSpec {
+    let scales = shape.scales_of(layer);
+    let layer = &shape.layers[layer];
     let window_tokens = match layer.kind {
         LaneKind::Selected => 0,
         LaneKind::Window { tokens } => tokens,
@@ -95,6 +98,8 @@ fn layer_spec(layer: &LayerShape) -> v1::LayerSpec {
         head_dim: layer.head_dim.into(),
         window_tokens,
         softmax_scale: layer.softmax_scale,
+        key_scales: scales.as_slice().iter().map(|scale| scale.key).collect(),
+        value_scales: scales.as_slice().iter().map(|scale| scale.value).collect(),
     }
 }
 

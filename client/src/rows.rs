@@ -1,47 +1,21 @@
 //! Rows as they travel: `[lane][token][row]`, a row being key then value in the model's row type, little-endian.
 
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
-use sluice_kernels::shape::{LayerShape, RowType};
+use std::ops::Range;
 
-/// Encodes keys and values into rows. `keys` and `values` are `[token][lane][head_dim]`; `rows` is replaced by `[lane][token][row bytes]`.
+use sluice_kernels::rows::{PackJob, pack_rows};
+use sluice_kernels::shape::ModelShape;
+
+/// Encodes keys and values of some lanes of a layer into rows. `keys` and `values` are `[token][lane][head_dim]`; `rows` is replaced by
+/// `[lane][token][row bytes]`.
 ///
 /// # Panics
 /// The lengths of keys and values differ, or are no whole number of tokens: an error of the caller.
-pub fn encode_rows(layer: &LayerShape, row_type: RowType, keys: &[f32], values: &[f32], rows: &mut Vec<u8>) {
-    let (lanes, channels) = (layer.lanes(), usize::from(layer.head_dim));
-    let token_values = lanes * channels;
-    assert!(keys.len() == values.len() && keys.len().is_multiple_of(token_values), "{} keys, {} values", keys.len(), values.len());
-    let tokens = keys.len() / token_values;
-    rows.clear();
-    rows.reserve(tokens * lanes * layer.row_bytes(row_type));
-    for lane in 0..lanes {
-        for token in 0..tokens {
-            let first = token * token_values + lane * channels;
-            encode(row_type, &keys[first..first + channels], rows);
-            encode(row_type, &values[first..first + channels], rows);
-        }
-    }
-}
-
-/// Appends values in the row type. Rows are little-endian, as every machine that Sluice serves.
-fn encode(row_type: RowType, values: &[f32], bytes: &mut Vec<u8>) {
-    const PART: usize = 64;
-    for part in values.chunks(PART) {
-        match row_type {
-            RowType::F32 => bytes.extend_from_slice(bytemuck::cast_slice(part)),
-            RowType::F16 => {
-                let mut halves = [f16::ZERO; PART];
-                halves[..part.len()].convert_from_f32_slice(part);
-                bytes.extend_from_slice(bytemuck::cast_slice(&halves[..part.len()]));
-            }
-            RowType::Bf16 => {
-                let mut halves = [bf16::ZERO; PART];
-                halves[..part.len()].convert_from_f32_slice(part);
-                bytes.extend_from_slice(bytemuck::cast_slice(&halves[..part.len()]));
-            }
-        }
-    }
+pub fn encode_rows(shape: &ModelShape, layer: usize, lanes: Range<usize>, keys: &[f32], values: &[f32], rows: &mut Vec<u8>) {
+    let (of_layer, scales) = (&shape.layers[layer], shape.scales_of(layer).part(lanes.clone()));
+    let (lanes, head_dim, row_type) = (lanes.len(), usize::from(of_layer.head_dim), shape.row_type);
+    let job = PackJob { keys, values, lanes, head_dim, row_type, scales: &scales };
+    rows.resize(job.tokens() * lanes * of_layer.row_bytes(row_type), 0);
+    pack_rows(&job, rows);
 }
 
 /// f32 values as little-endian bytes.
@@ -58,35 +32,44 @@ pub(crate) fn read_f32(bytes: &[u8], values: &mut [f32]) {
 
 #[cfg(test)]
 mod tests {
-    use sluice_kernels::shape::LaneKind;
+    use sluice_kernels::rows::read_elements;
+    use sluice_kernels::scales::RowScale;
+    use sluice_kernels::shape::{LaneKind, LayerShape, RowType};
 
     use super::*;
 
     #[test]
     fn rows_are_lane_major_with_key_before_value() {
-        let layer = LayerShape { kind: LaneKind::Selected, query_heads: 2, kv_heads: 2, head_dim: 64, softmax_scale: 0.125 };
+        let layer = LayerShape { kind: LaneKind::Selected, query_heads: 3, kv_heads: 3, head_dim: 64, softmax_scale: 0.125 };
         // Two tokens, two lanes: key channel c of (token t, lane l) is 1000 t + 100 l + c, its value the negative of that.
         let keys: Vec<f32> = (0..256).map(|i| (1000 * (i / 128) + 100 * (i / 64 % 2) + i % 64) as f32).collect();
         let values: Vec<f32> = keys.iter().map(|key| -key).collect();
-        for row_type in [RowType::F32, RowType::F16, RowType::Bf16] {
+        for row_type in [RowType::F32, RowType::F16, RowType::Bf16, RowType::Fp8] {
+            let mut shape = ModelShape::unscaled(row_type, vec![layer]);
+            if row_type == RowType::Fp8 {
+                // The first lane is not encoded: its scales would leave nothing of the numbers.
+                let scale = |lane: usize| RowScale { key: [1e-9, 3.0, 5.0][lane], value: [1e-9, 4.0, 6.0][lane] };
+                shape.scales = vec![(0..3).map(scale).collect::<Vec<_>>().into()];
+            }
             let mut rows = vec![7];
-            encode_rows(&layer, row_type, &keys, &values, &mut rows);
+            encode_rows(&shape, 0, 1..3, &keys, &values, &mut rows);
             assert_eq!(rows.len(), 2 * 2 * layer.row_bytes(row_type));
             let at = |lane: usize, token: usize, channel: usize| {
-                let element = row_type.element_bytes();
+                let (element, scale) = (row_type.element_bytes(), shape.scales_of(0).of(lane + 1));
                 let first = ((lane * 2 + token) * 128 + channel) * element;
-                let bytes = &rows[first..first + element];
-                match row_type {
-                    RowType::F32 => f32::from_le_bytes(bytes.try_into().expect("4 bytes")),
-                    RowType::F16 => half::f16::from_le_bytes(bytes.try_into().expect("2 bytes")).to_f32(),
-                    RowType::Bf16 => half::bf16::from_le_bytes(bytes.try_into().expect("2 bytes")).to_f32(),
-                }
+                let mut number = [0.0];
+                read_elements(row_type, &rows[first..first + element], if channel < 64 { scale.key } else { scale.value }, &mut number);
+                number[0]
             };
-            // Exact in f16 and f32; bf16 keeps 8 bits.
-            let tolerance = if row_type == RowType::Bf16 { 4.0 } else { 0.0 };
-            assert!((at(1, 0, 3) - 103.0).abs() <= tolerance);
-            assert!((at(1, 0, 64 + 3) + 103.0).abs() <= tolerance);
-            assert!((at(0, 1, 63) - 1063.0).abs() <= tolerance);
+            // Exact in f16 and f32; bf16 keeps 8 bits, e4m3 four.
+            let tolerance = match row_type {
+                RowType::F32 | RowType::F16 => 0.0,
+                RowType::Bf16 => 1.0 / 256.0,
+                RowType::Fp8 => 1.0 / 16.0,
+            };
+            for (number, expected) in [(at(1, 0, 3), 103.0), (at(1, 0, 64 + 3), -103.0), (at(0, 1, 63), 1063.0)] {
+                assert!((number - expected).abs() <= tolerance * expected.abs(), "{row_type:?}: {number}, expected {expected}");
+            }
         }
     }
 }

@@ -221,16 +221,17 @@ impl Session {
     /// # Errors
     /// As [`Session::append`].
     pub fn append_f32(&mut self, layer: usize, first_position: usize, keys: &[f32], values: &[f32]) -> Result<(), ClientError> {
-        let mut shape = *layer_of(&self.core.model.shape, layer)?;
-        shape.kv_heads = self.lanes_of(layer)? as u16;
-        let token_values = usize::from(shape.kv_heads) * usize::from(shape.head_dim);
+        let shape = &self.core.model.shape;
+        let (lanes, count) = (self.core.options.lanes.as_ref(), self.lanes_of(layer)?);
+        let token_values = count * usize::from(layer_of(shape, layer)?.head_dim);
         expect_count("values", values.len(), keys.len())?;
         if keys.is_empty() || !keys.len().is_multiple_of(token_values) {
             let bound = format!("a positive multiple of {token_values}");
             return Err(ClientError::Input { field: "keys", value: keys.len().to_string(), bound });
         }
         let mut rows = Vec::new();
-        encode_rows(&shape, self.core.model.shape.row_type, keys, values, &mut rows);
+        let lanes = lanes.map_or(0..count, |own| usize::from(own.start)..usize::from(own.end));
+        encode_rows(shape, layer, lanes, keys, values, &mut rows);
         self.append(layer, first_position, &rows)
     }
 

@@ -78,7 +78,16 @@ fn case<A>(name: &'static str, answer: Result<A, Status>, code: Code, words: &'s
 }
 
 fn layer(head_dim: u32) -> v1::LayerSpec {
-    v1::LayerSpec { attention: 1, query_heads: 4, kv_heads: 2, head_dim, window_tokens: 0, softmax_scale: 0.0 }
+    v1::LayerSpec { attention: 1, query_heads: 4, kv_heads: 2, head_dim, ..v1::LayerSpec::default() }
+}
+
+/// A layer of fp8 rows with scales for its two lanes.
+fn scaled(key_scales: &[f32], value_scales: &[f32]) -> v1::LayerSpec {
+    v1::LayerSpec { key_scales: key_scales.to_vec(), value_scales: value_scales.to_vec(), ..layer(64) }
+}
+
+fn fp8(layer: v1::LayerSpec) -> v1::ModelSpec {
+    v1::ModelSpec { row_type: v1::RowType::F8E4m3.into(), ..spec(vec![layer]) }
 }
 
 fn spec(layers: Vec<v1::LayerSpec>) -> v1::ModelSpec {
@@ -98,6 +107,14 @@ fn models(raw: &Raw) -> Vec<Case> {
         case("heads", register(spec(vec![v1::LayerSpec { query_heads: 5, ..layer(64) }])), bad, &["5 query heads", "2 kv heads"]),
         case("scale", register(spec(vec![v1::LayerSpec { softmax_scale: f32::NAN, ..layer(64) }])), bad, &["softmax_scale", "NaN"]),
         case("row type", register(v1::ModelSpec { row_type: 0, ..spec(vec![layer(64)]) }), bad, &["row_type"]),
+        case("row type beyond", register(v1::ModelSpec { row_type: 5, ..spec(vec![layer(64)]) }), bad, &["row_type", "5", "1 to 4"]),
+        case("no scales", register(fp8(layer(64))), bad, &["key_scales", "0", "2 in layers[0]"]),
+        case("a scale too few", register(fp8(scaled(&[1.0, 1.0], &[1.0]))), bad, &["value_scales", "1", "2 in layers[0]"]),
+        case("scales of f32 rows", register(spec(vec![scaled(&[1.0, 1.0], &[])])), bad, &["key_scales", "2", "0 in layers[0]"]),
+        case("scale zero", register(fp8(scaled(&[1.0, 0.0], &[1.0, 1.0]))), bad, &["layers[0].key_scales[1]", "0", "1e-30 to 1e30"]),
+        case("scale below zero", register(fp8(scaled(&[1.0, 1.0], &[-1.0, 1.0]))), bad, &["layers[0].value_scales[0]", "-1", "1e-30"]),
+        case("scale infinite", register(fp8(scaled(&[f32::INFINITY, 1.0], &[1.0, 1.0]))), bad, &["key_scales[0]", "inf", "1e30"]),
+        case("scale no number", register(fp8(scaled(&[1.0, 1.0], &[1.0, f32::NAN]))), bad, &["value_scales[1]", "NaN", "1e30"]),
         case("name", register(v1::ModelSpec { name: "x".repeat(300), ..spec(vec![layer(64)]) }), bad, &["name", "300", "256"]),
         case(
             "digest",
@@ -269,7 +286,7 @@ fn bad_input_is_named_and_changes_nothing() {
     session.wait_sealed(256, std::time::Duration::from_secs(10)).expect("sealed");
     let lease = v1::LeaseRef { sequence_id: session.sequence_id(), generation: session.generation() };
     // A sequence that nobody has used yet, of a model whose layers have two lanes each.
-    let even = ModelShape { row_type: RowType::F32, layers: vec![selected(2, 2, 64), selected(4, 2, 64)] };
+    let even = ModelShape::unscaled(RowType::F32, vec![selected(2, 2, 64), selected(4, 2, 64)]);
     let model_id = register(&client, "even", &even).id();
     let untouched = raw.call(async |client| client.open(v1::OpenRequest { model_id, ..Default::default() }).await).expect("open");
     let untouched = untouched.lease.expect("lease");

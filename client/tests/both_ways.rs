@@ -5,10 +5,10 @@ mod support;
 use std::time::Duration;
 
 use rustix::process::Signal;
-use sluice_client::{Attach, AttendMode, BatchStep, OnlineCalibration, OpenOptions, Session, Step, StepOut};
+use sluice_client::{Attach, AttendMode, BatchStep, Client, OnlineCalibration, OpenOptions, Session, Step, StepOut};
 use sluice_kernels::budget::{Budget, Settings};
 use sluice_kernels::label::LabelPlan;
-use sluice_kernels::shape::{LaneKind, RowType};
+use sluice_kernels::shape::{LaneKind, ModelShape, RowType};
 use support::daemon::{Daemon, DaemonOptions};
 use support::oracle::{assert_close, dense};
 use support::rows::{path_hashes, query_of, rows_of, token_ids};
@@ -56,7 +56,7 @@ fn every_answer(session: &mut Session, from: usize) -> Vec<u32> {
 fn stream_and_direct_are_equal_to_the_bit_and_the_daemon_may_be_stopped() {
     let daemon = Daemon::start(DaemonOptions::default());
     let client = daemon.client();
-    for row_type in [RowType::F16, RowType::F32, RowType::Bf16] {
+    for row_type in [RowType::F16, RowType::F32, RowType::Bf16, RowType::Fp8] {
         let model = register(&client, &format!("ways {row_type:?}"), &plain_shape(row_type));
         let ids = token_ids(1, 1500);
         let paths = path_hashes(&ids);
@@ -87,13 +87,18 @@ fn stream_and_direct_are_equal_to_the_bit_and_the_daemon_may_be_stopped() {
 fn dense_and_k_of_everything_agree_with_the_oracle() {
     let daemon = Daemon::start(DaemonOptions::default());
     let client = daemon.client();
-    let shape = hybrid_shape(RowType::F16);
-    let model = register(&client, "oracle", &shape);
+    for row_type in [RowType::F16, RowType::Fp8] {
+        agrees_with_the_oracle(&client, &hybrid_shape(row_type));
+    }
+}
+
+fn agrees_with_the_oracle(client: &Client, shape: &ModelShape) {
+    let model = register(client, &format!("oracle {:?}", shape.row_type), shape);
     let ids = token_ids(2, 700);
     let paths = path_hashes(&ids);
     let everything =
         Settings { budget: Budget::Ratio { numerator: 1, denominator: 1, floor_tokens: 0, cap_tokens: 0 }, ..sparse_settings() };
-    let mut made = calibrated(&client, &model, Attach::Stream, &ids);
+    let mut made = calibrated(client, &model, Attach::Stream, &ids);
     for attach in [Attach::Stream, DIRECT] {
         let mut session = client.open(&model, &ids, &options(attach, everything)).expect("open");
         fill(&mut session, &ids);
@@ -103,7 +108,7 @@ fn dense_and_k_of_everything_agree_with_the_oracle() {
                 if matches!(shape.layers[layer].kind, LaneKind::Window { .. }) && position < 600 {
                     continue;
                 }
-                let (expected, expected_lse) = dense(&paths, position, layer, &shape);
+                let (expected, expected_lse) = dense(&paths, position, layer, shape);
                 for attend in [AttendMode::Sparse, AttendMode::Dense] {
                     let (output, log_sum_exp) = ask(&mut session, position, layer, attend);
                     assert_close(&format!("{attach:?} {attend:?} output of layer {layer} at {position}"), &output, &expected, 2e-5);

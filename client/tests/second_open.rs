@@ -17,7 +17,7 @@ const TOKENS: usize = 128 * 1024;
 fn the_second_open_of_a_long_prompt_appends_nothing() {
     let daemon = Daemon::start(DaemonOptions { arena_bytes: 128 << 20, segment_bytes: 16 << 20, ..DaemonOptions::default() });
     let client = daemon.client();
-    let shape = ModelShape { row_type: RowType::F16, layers: vec![selected(1, 1, 64)] };
+    let shape = ModelShape::unscaled(RowType::F16, vec![selected(1, 1, 64)]);
     let model = register(&client, "long", &shape);
     let ids = token_ids(5, TOKENS);
     let mut first = client.open(&model, &ids, &options(DIRECT, Settings::dense())).expect("first open");

@@ -333,17 +333,11 @@ fn verify(job: &VerifyJob) -> bool {
 fn label(device: &mut dyn Device, place: &Place, target: &LabelTarget) {
     for plane in &target.labels.layout().planes {
         let layer = usize::from(plane.layer);
-        let shape = &target.shape.layers[layer];
         let rows = place.segment.layout().plane_of_layer(layer);
         let (Some(rows), Some(coder)) = (rows, &target.coders[layer]) else { continue };
-        let geometry = LayerGeometry {
-            heads: shape.heads(),
-            head_dim: usize::from(shape.head_dim),
-            row_type: target.shape.row_type,
-            softmax_scale: shape.softmax_scale,
-        };
+        let geometry = LayerGeometry::of(&target.shape, layer);
         let page = place.segment.page(rows, place.index);
-        target.labels.fill_page(plane, place.index, |out| device.label(&LabelJob { geometry, page, coder }, out));
+        target.labels.fill_page(plane, place.index, |out| device.label(&LabelJob { geometry: &geometry, page, coder }, out));
     }
 }
 

@@ -17,6 +17,7 @@ use sluice_kernels::heads::HeadMap;
 use sluice_kernels::label::{LabelCoder, LabelPlan, LaneCalibration, LayerCalibration};
 use sluice_kernels::probe::{GatherLayer, gather_probe, read_probe};
 use sluice_kernels::rows::{PackJob, pack_rows};
+use sluice_kernels::scales::LaneScales;
 use sluice_kernels::shape::RowType;
 
 const LANES: usize = 8;
@@ -45,6 +46,7 @@ fn geometry() -> LayerGeometry {
         head_dim: DIM,
         row_type: RowType::F16,
         softmax_scale: 1.0 / (DIM as f32).sqrt(),
+        scales: LaneScales::default(),
     }
 }
 
@@ -64,7 +66,8 @@ fn templates(rng: &mut StdRng) -> Vec<Vec<u8>> {
             values.extend((0..DIM).map(|_| normal(rng)));
         }
         let mut page = vec![0; PAGE];
-        pack_rows(&PackJob { keys: &keys, values: &values, lanes: LANES, head_dim: DIM, row_type: RowType::F16 }, &mut page);
+        let scales = &LaneScales::default();
+        pack_rows(&PackJob { keys: &keys, values: &values, lanes: LANES, head_dim: DIM, row_type: RowType::F16, scales }, &mut page);
         page
     };
     (0..TEMPLATES).map(|_| page(rng)).collect()
@@ -126,7 +129,7 @@ fn sparse(device: &mut Cpu, world: &World, ratio: usize) {
         for layer in 0..world.settings.layers {
             let (mut positions, mut output, mut lse) = (vec![0; LANES * count], vec![0.0; LANES * GROUP * DIM], vec![0.0; LANES * GROUP]);
             let job = StepJob {
-                geometry: geometry(),
+                geometry: &geometry(),
                 query: &world.query,
                 labels: &world.labels[layer][..horizon],
                 coder: &world.coder,
@@ -189,7 +192,7 @@ fn dense(device: &mut Cpu, world: &World) {
         for pages in &world.pages {
             let (mut output, mut lse) = (vec![0.0; LANES * GROUP * DIM], vec![0.0; LANES * GROUP]);
             let job = AttendJob {
-                geometry: geometry(),
+                geometry: &geometry(),
                 query: &world.query,
                 pages,
                 listed: &[],
@@ -221,11 +224,12 @@ fn dense(device: &mut Cpu, world: &World) {
 /// Exact causal attention as in the prefill of a Gemma layer: 1 lane, 4 heads, d = 256.
 fn prefill(device: &mut Cpu, tokens: usize) {
     let mut rng = StdRng::seed_from_u64(3);
-    let geometry = LayerGeometry { heads: HeadMap::new(4, 1), head_dim: 256, row_type: RowType::F16, softmax_scale: 1.0 / 16.0 };
+    let (row_type, scales) = (RowType::F16, LaneScales::default());
+    let geometry = &LayerGeometry { heads: HeadMap::new(4, 1), head_dim: 256, row_type, softmax_scale: 1.0 / 16.0, scales };
     let mut random = |count: usize| (0..count).map(|_| rng.random_range(-1.0f32..1.0)).collect::<Vec<f32>>();
     let (keys, values, queries) = (random(tokens * 256), random(tokens * 256), random(tokens * 1024));
     let mut rows = vec![0; tokens * 1024];
-    pack_rows(&PackJob { keys: &keys, values: &values, lanes: 1, head_dim: 256, row_type: RowType::F16 }, &mut rows);
+    pack_rows(&PackJob { keys: &keys, values: &values, lanes: 1, head_dim: 256, row_type, scales: &geometry.scales }, &mut rows);
     let pages: Vec<&[u8]> = rows.chunks(CHUNK * 1024).collect();
     let (mut output, mut lse) = (vec![0.0; tokens * 1024], vec![0.0; tokens * 4]);
     let job = ManyJob { geometry, queries: &queries, first_position: 0, window: None, pages: &pages };
@@ -254,7 +258,7 @@ fn main() -> std::io::Result<()> {
     let start = Instant::now();
     let label = |device: &mut Cpu, page: &[u8]| {
         let mut labels = vec![0; LANES * CHUNK * 16];
-        device.label(&LabelJob { geometry: geometry(), page, coder: &coder }, &mut labels);
+        device.label(&LabelJob { geometry: &geometry(), page, coder: &coder }, &mut labels);
         labels
     };
     let labels: Vec<Vec<Vec<u8>>> = pages.iter().map(|layer| layer.iter().map(|page| label(&mut device, page)).collect()).collect();

@@ -115,7 +115,7 @@ impl HotPool {
 #[derive(Clone, Copy)]
 pub struct HotFetch<'a> {
     /// Shape of the rows.
-    pub geometry: LayerGeometry,
+    pub geometry: &'a LayerGeometry,
     /// Row pages by chunk.
     pub pages: &'a [&'a [u8]],
 }

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::heads::HeadMap;
+use crate::scales::{LaneScales, RowScale};
 
 /// Element type of stored rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -15,6 +16,9 @@ pub enum RowType {
     F16,
     /// bfloat16.
     Bf16,
+    /// Eight bits, e4m3 ([`crate::rows::e4m3`]), times a static scale of the lane.
+    #[serde(rename = "f8_e4m3")]
+    Fp8,
 }
 
 impl RowType {
@@ -24,6 +28,7 @@ impl RowType {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
+            Self::Fp8 => 1,
         }
     }
 }
@@ -85,6 +90,9 @@ pub struct ModelShape {
     pub row_type: RowType,
     /// Attention layers in the order of the forward pass.
     pub layers: Vec<LayerShape>,
+    /// By layer, the static scales of its lanes: exactly with [`RowType::Fp8`], otherwise empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub scales: Vec<LaneScales>,
 }
 
 /// A shape that Sluice does not serve.
@@ -140,6 +148,40 @@ pub enum ShapeError {
         /// Value given, as text so that the error stays comparable.
         value: String,
     },
+    /// Scales of rows of another type, or not of every layer.
+    #[error("scales: of {count} layers, {expected} needed for {layers} layers of {row_type:?} rows")]
+    ScaledLayers {
+        /// Layers with scales.
+        count: usize,
+        /// Layers that need them.
+        expected: usize,
+        /// Layers of the model.
+        layers: usize,
+        /// Element type of rows.
+        row_type: RowType,
+    },
+    /// Scales of more or fewer lanes than a layer has.
+    #[error("layers[{layer}].scales: of {count} lanes, the layer has {lanes}")]
+    ScaledLanes {
+        /// Layer index.
+        layer: usize,
+        /// Lanes with scales.
+        count: usize,
+        /// Lanes of the layer.
+        lanes: usize,
+    },
+    /// A scale that is too small, too large or no number.
+    #[error("layers[{layer}].{field}[{lane}]: {value} is outside {low:e} to {high:e}", low = RowScale::LOWEST, high = RowScale::HIGHEST)]
+    RowScale {
+        /// Layer index.
+        layer: usize,
+        /// Scales of keys or of values.
+        field: &'static str,
+        /// Lane index.
+        lane: usize,
+        /// Value given, as text so that the error stays comparable.
+        value: String,
+    },
 }
 
 impl ModelShape {
@@ -152,6 +194,12 @@ impl ModelShape {
     /// Widest sliding window.
     pub const MAX_WINDOW_TOKENS: u32 = 1 << 17;
 
+    /// A model whose rows have no scales.
+    #[must_use]
+    pub fn unscaled(row_type: RowType, layers: Vec<LayerShape>) -> Self {
+        Self { row_type, layers, scales: Vec::new() }
+    }
+
     /// Checks every bound that the layout and the kernels rely on.
     ///
     /// # Errors
@@ -163,7 +211,35 @@ impl ModelShape {
         for (layer, shape) in self.layers.iter().enumerate() {
             check_layer(layer, shape)?;
         }
+        self.check_scales()
+    }
+
+    fn check_scales(&self) -> Result<(), ShapeError> {
+        let (layers, row_type) = (self.layers.len(), self.row_type);
+        let expected = if row_type == RowType::Fp8 { layers } else { 0 };
+        if self.scales.len() != expected {
+            return Err(ShapeError::ScaledLayers { count: self.scales.len(), expected, layers, row_type });
+        }
+        for (layer, (shape, scales)) in self.layers.iter().zip(&self.scales).enumerate() {
+            let (count, lanes) = (scales.as_slice().len(), shape.lanes());
+            if count != lanes {
+                return Err(ShapeError::ScaledLanes { layer, count, lanes });
+            }
+            for (lane, scale) in scales.as_slice().iter().enumerate() {
+                for (field, scale) in [("key_scales", scale.key), ("value_scales", scale.value)] {
+                    if !RowScale::is_served(scale) {
+                        return Err(ShapeError::RowScale { layer, field, lane, value: scale.to_string() });
+                    }
+                }
+            }
+        }
         Ok(())
+    }
+
+    /// The scales of a layer's lanes; none where rows are not scaled.
+    #[must_use]
+    pub fn scales_of(&self, layer: usize) -> LaneScales {
+        self.scales.get(layer).cloned().unwrap_or_default()
     }
 }
 

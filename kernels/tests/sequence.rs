@@ -6,8 +6,9 @@ use sluice_kernels::budget::{Budget, Settings};
 use sluice_kernels::decoder::{Attend, Decoder, StepError, StepRequest};
 use sluice_kernels::device::{DeviceKind, open};
 use sluice_kernels::sequence::{Sequence, SequenceError};
+use sluice_kernels::shape::{ModelShape, RowType};
 use sluice_kernels::slot::SlotClass;
-use support::{TestDaemon, calibration, rows, shape, value};
+use support::{ROW_TYPES, TestDaemon, calibration, device_kinds, rows, set_scales, shape, shape_of, stored, value};
 
 const SPARSE: Settings =
     Settings { budget: Budget::Ratio { numerator: 1, denominator: 16, floor_tokens: 48, cap_tokens: 0 }, exact_tokens: 64, sink_tokens: 4 };
@@ -43,9 +44,10 @@ fn all_layers(decoder: &mut Decoder, sequence: &mut Sequence, position: usize, a
 
 #[test]
 fn a_step_gives_the_same_bits_before_and_after_sealing() {
-    for kind in support::device_kinds() {
+    for (kind, row_type) in everything() {
         let mut decoder = Decoder::new(open(kind, 2).expect("device"));
-        let mut daemon = TestDaemon::new(shape(), Some(calibration(&shape())), 16);
+        let shape = shape_of(row_type);
+        let mut daemon = TestDaemon::new(shape.clone(), Some(calibration(&shape)), 16);
         let mut sequence = daemon.attach(SPARSE, None, 0);
         append(&mut sequence, 0..2900);
         let sparse = all_layers(&mut decoder, &mut sequence, 2899, Attend::Sparse);
@@ -73,16 +75,17 @@ fn everything_in_the_budget_is_dense() {
 
 #[test]
 fn dense_attention_equals_a_plain_softmax_over_the_rows() {
-    for kind in support::device_kinds() {
+    for (kind, row_type) in everything() {
         let mut decoder = Decoder::new(open(kind, 2).expect("device"));
-        let mut daemon = TestDaemon::new(shape(), None, 4);
+        let shape = shape_of(row_type);
+        let mut daemon = TestDaemon::new(shape.clone(), None, 4);
         let mut sequence = daemon.attach(SPARSE, None, 0);
         append(&mut sequence, 0..700);
         daemon.seal();
         daemon.refresh(&mut sequence);
         for (layer, first) in [(0, 0), (1, 400), (2, 0)] {
             let output = step(&mut decoder, &mut sequence, layer, 699, Attend::Dense);
-            let expected = plain_attention(layer, first, 699, if layer == 1 { 2 } else { 4 });
+            let expected = plain_attention(&shape, layer, first, 699);
             for (given, expected) in output.iter().zip(&expected) {
                 assert!((given - expected).abs() < 2e-3, "{kind}, layer {layer}: {given} instead of {expected}");
             }
@@ -90,8 +93,14 @@ fn dense_attention_equals_a_plain_softmax_over_the_rows() {
     }
 }
 
-fn plain_attention(layer: usize, first: usize, position: usize, heads: usize) -> Vec<f32> {
-    let stored = |lane: usize, row: usize, element: usize| f64::from(half::f16::from_f32(value(layer, lane, row, element)).to_f32());
+/// Every device with every type of rows.
+fn everything() -> Vec<(DeviceKind, RowType)> {
+    device_kinds().into_iter().flat_map(|kind| ROW_TYPES.map(|row_type| (kind, row_type))).collect()
+}
+
+fn plain_attention(shape: &ModelShape, layer: usize, first: usize, position: usize) -> Vec<f32> {
+    let heads = usize::from(shape.layers[layer].query_heads);
+    let stored = |lane: usize, row: usize, element: usize| stored(shape, layer, lane, row, element).1;
     let mut output = Vec::new();
     for head in 0..heads {
         let lane = head / 2;
@@ -109,24 +118,27 @@ fn plain_attention(layer: usize, first: usize, position: usize, heads: usize) ->
 
 #[test]
 fn workers_with_half_of_the_lanes_each_give_the_whole() {
-    let calibration = calibration(&shape());
-    let mut shape = shape().as_ref().clone();
-    shape.layers[1].kv_heads = 2;
-    let daemon = TestDaemon::new(shape.into(), Some(calibration), 16);
-    let mut whole = daemon.attach(SPARSE, None, 0);
-    let mut halves = [daemon.attach(SPARSE, Some(0..1), 1), daemon.attach(SPARSE, Some(1..2), 2)];
-    append(&mut whole, 0..1300);
-    let mut decoder = Decoder::new(open(DeviceKind::Cpu, 1).expect("device"));
-    for half in &mut halves {
-        append(half, 0..1300);
-    }
-    for layer in 0..3 {
-        let all = step(&mut decoder, &mut whole, layer, 1299, Attend::Sparse);
-        let heads = whole.part(layer).geometry.heads.query_heads();
-        let [low, high] = halves.each_mut().map(|half| step(&mut decoder, half, layer, 1299, Attend::Sparse));
-        let values = heads / 2 * 64;
-        assert_eq!(all[..heads * 64], [&low[..values], &high[..values]].concat());
-        assert_eq!(all[heads * 64..], [&low[values..], &high[values..]].concat());
+    for row_type in ROW_TYPES {
+        let mut shape = shape_of(row_type).as_ref().clone();
+        let calibration = calibration(&shape);
+        shape.layers[1].kv_heads = 2;
+        set_scales(&mut shape);
+        let daemon = TestDaemon::new(shape.into(), Some(calibration), 16);
+        let mut whole = daemon.attach(SPARSE, None, 0);
+        let mut halves = [daemon.attach(SPARSE, Some(0..1), 1), daemon.attach(SPARSE, Some(1..2), 2)];
+        append(&mut whole, 0..1300);
+        let mut decoder = Decoder::new(open(DeviceKind::Cpu, 1).expect("device"));
+        for half in &mut halves {
+            append(half, 0..1300);
+        }
+        for layer in 0..3 {
+            let all = step(&mut decoder, &mut whole, layer, 1299, Attend::Sparse);
+            let heads = whole.part(layer).geometry.heads.query_heads();
+            let [low, high] = halves.each_mut().map(|half| step(&mut decoder, half, layer, 1299, Attend::Sparse));
+            let values = heads / 2 * 64;
+            assert_eq!(all[..heads * 64], [&low[..values], &high[..values]].concat(), "{row_type:?}");
+            assert_eq!(all[heads * 64..], [&low[values..], &high[values..]].concat(), "{row_type:?}");
+        }
     }
 }
 
@@ -164,6 +176,13 @@ fn bad_input_is_refused_and_changes_nothing() {
     let mut broken = row.clone();
     broken[300..302].copy_from_slice(&half::f16::NAN.to_le_bytes());
     let refused = sequence.append(0, 10, &broken).expect_err("not finite");
+    assert!(matches!(refused, SequenceError::NotFinite { layer: 0, element: 150 }), "{refused}");
+    let fp8_shape = shape_of(RowType::Fp8);
+    let fp8_daemon = TestDaemon::new(fp8_shape.clone(), None, 4);
+    let mut fp8 = fp8_daemon.attach(SPARSE, None, 0);
+    let mut broken = rows(&fp8_shape, 0, 0..2, 0..1);
+    broken[150] = 0xFF;
+    let refused = fp8.append(0, 0, &broken).expect_err("not a number");
     assert!(matches!(refused, SequenceError::NotFinite { layer: 0, element: 150 }), "{refused}");
     let queries = vec![1.0; 256];
     let (mut output, mut lse) = (vec![0.0; 256], vec![0.0; 4]);
@@ -233,9 +252,10 @@ fn truncation_forgets_what_follows() {
 
 #[test]
 fn hot_rows_never_change_a_result() {
-    for kind in support::device_kinds() {
+    for (kind, row_type) in everything() {
         let mut decoder = Decoder::new(open(kind, 2).expect("device"));
-        let mut daemon = TestDaemon::new(shape(), Some(calibration(&shape())), 6);
+        let shape = shape_of(row_type);
+        let mut daemon = TestDaemon::new(shape.clone(), Some(calibration(&shape)), 6);
         let mut sequence = daemon.attach(SPARSE, None, 0);
         append(&mut sequence, 0..1500);
         daemon.seal();
@@ -279,9 +299,10 @@ fn window_rows_that_were_taken_away_are_refused_even_by_an_old_holder() {
 
 #[test]
 fn a_sparse_step_equals_a_plain_softmax_over_the_rows_it_names() {
-    for kind in support::device_kinds() {
+    for (kind, row_type) in everything() {
         let mut decoder = Decoder::new(open(kind, 2).expect("device"));
-        let daemon = TestDaemon::new(shape(), Some(calibration(&shape())), 8);
+        let shape = shape_of(row_type);
+        let daemon = TestDaemon::new(shape.clone(), Some(calibration(&shape)), 8);
         let mut sequence = daemon.attach(SPARSE, None, 0);
         append(&mut sequence, 0..1400);
         let query: Vec<f32> = (0..256).map(|index| value(90, index / 64, 1399, index % 64)).collect();
@@ -290,7 +311,7 @@ fn a_sparse_step_equals_a_plain_softmax_over_the_rows_it_names() {
         for head in 0..4 {
             let positions: Vec<usize> = named[head / 2].positions.iter().map(|&position| position as usize).collect();
             assert_eq!(positions.last(), Some(&1399), "the newest row is always attended");
-            let expected = plain_head(0, head, 1399, &positions);
+            let expected = plain_head(&shape, head, 1399, &positions);
             for (given, expected) in output[head * 64..(head + 1) * 64].iter().zip(&expected) {
                 assert!((given - expected).abs() < 5e-4, "{kind}, head {head}: {given} instead of {expected}");
             }
@@ -298,9 +319,10 @@ fn a_sparse_step_equals_a_plain_softmax_over_the_rows_it_names() {
     }
 }
 
-fn plain_head(layer: usize, head: usize, position: usize, rows: &[usize]) -> Vec<f32> {
-    let stored = |row: usize, element: usize| f64::from(half::f16::from_f32(value(layer, head / 2, row, element)).to_f32());
-    let query = |channel: usize| f64::from(value(90 + layer, head, position, channel));
+/// A query head of layer 0.
+fn plain_head(shape: &ModelShape, head: usize, position: usize, rows: &[usize]) -> Vec<f32> {
+    let stored = |row: usize, element: usize| stored(shape, 0, head / 2, row, element).1;
+    let query = |channel: usize| f64::from(value(90, head, position, channel));
     let scores: Vec<f64> = rows.iter().map(|&row| (0..64).map(|c| query(c) * stored(row, c)).sum::<f64>() * 0.125).collect();
     let total: f64 = scores.iter().map(|score| score.exp()).sum();
     let sum = |channel: usize| scores.iter().zip(rows).map(|(score, &row)| score.exp() * stored(row, 64 + channel)).sum::<f64>();

@@ -174,7 +174,7 @@ impl<'a> Contest<'a> {
             }
         }
         let times = timer.take()?;
-        let geometry = batch.shape().geometry;
+        let geometry = batch.shape().geometry.clone();
         for (part, part_name) in NAMES.into_iter().enumerate() {
             // The first layer pays for what is not warm yet.
             let of_part: Vec<f64> = times.iter().skip(NAMES.len()).skip(part).step_by(NAMES.len()).copied().collect();

@@ -14,16 +14,17 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use sluice_kernels::device::cuda::Gpu;
 use sluice_kernels::device::cuda::compile::Compiler;
-use sluice_kernels::shape::{LaneKind, LayerShape, ModelShape, RowType};
+use sluice_kernels::shape::{LaneKind, LayerShape, ModelShape};
 use sluice_kernels::slot::CHUNK_TOKENS;
 
 use self::contest::Contest;
 use self::host::HostCache;
 use self::scene::Scene;
 use self::trace::KeyTrace;
-use crate::generator::Generator;
+use crate::generator::{Generator, generated_shape};
 use crate::report::{Format, show_progress};
 use crate::units::TokenCount;
+use crate::workload::RowTypeName;
 
 /// Parts of the bench.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -64,6 +65,9 @@ pub struct GpuOptions {
     /// Channels of a key: 64, 96, 128 or 256.
     #[arg(long, default_value_t = 128)]
     head_dim: u16,
+    /// Element type of rows.
+    #[arg(long, value_enum, default_value_t = RowTypeName::F16)]
+    row_type: RowTypeName,
     /// Number of the GPU.
     #[arg(long, default_value_t = 0)]
     ordinal: u32,
@@ -99,7 +103,7 @@ impl GpuOptions {
             head_dim: self.head_dim,
             softmax_scale: f32::from(self.head_dim).sqrt().recip(),
         };
-        ModelShape { row_type: RowType::F16, layers: vec![layer; usize::from(self.layers)] }
+        generated_shape(self.row_type.into(), vec![layer; usize::from(self.layers)])
     }
 
     fn wants(&self, section: Section) -> bool {

@@ -147,7 +147,8 @@ impl RecordedLayer {
         let mut page = vec![0; geometry.page_bytes()];
         let chunks = self.keys.chunks_exact(chunk_keys).take(job.rows / CHUNK_TOKENS);
         let labels = chunks.map(|keys| {
-            pack_rows(&PackJob { keys, values: &values, lanes, head_dim: geometry.head_dim, row_type: geometry.row_type }, &mut page);
+            let LayerGeometry { head_dim, row_type, ref scales, .. } = *geometry;
+            pack_rows(&PackJob { keys, values: &values, lanes, head_dim, row_type, scales }, &mut page);
             let mut label = vec![0; lanes * CHUNK_TOKENS * job.coder.plan.label_bytes()];
             device.label(&LabelJob { geometry, page: &page, coder: job.coder }, &mut label);
             label
@@ -158,7 +159,7 @@ impl RecordedLayer {
 
 /// How a layer is scored.
 struct Scoring<'a> {
-    geometry: LayerGeometry,
+    geometry: &'a LayerGeometry,
     coder: &'a LabelCoder,
     rows: usize,
 }
@@ -174,12 +175,7 @@ fn score(header: &RecordingHeader, layers: &[RecordedLayer], calibration: &Calib
         let shape = &header.shape.layers[recorded.layer];
         let Some(layer) = calibration.layer(recorded.layer) else { bail!("--calibration: layer {} is missing", recorded.layer) };
         let coder = LabelCoder::new(&calibration.plan, layer);
-        let geometry = LayerGeometry {
-            heads: shape.heads(),
-            head_dim: usize::from(shape.head_dim),
-            row_type: header.shape.row_type,
-            softmax_scale: shape.softmax_scale,
-        };
+        let geometry = &LayerGeometry::of(&header.shape, recorded.layer);
         let scoring = Scoring { geometry, coder: &coder, rows: size.rows };
         let labels = recorded.labels(&scoring, device.as_mut());
         let labels: Vec<&[u8]> = labels.iter().map(Vec::as_slice).collect();

@@ -64,13 +64,7 @@ impl Scene<'_> {
     /// Rows of a layer.
     #[must_use]
     pub fn geometry(&self) -> LayerGeometry {
-        let layer = &self.shape.layers[0];
-        LayerGeometry {
-            heads: layer.heads(),
-            head_dim: usize::from(layer.head_dim),
-            row_type: self.shape.row_type,
-            softmax_scale: layer.softmax_scale,
-        }
+        LayerGeometry::of(self.shape, 0)
     }
 
     fn calibration(&self, plan: &LabelPlan) -> Result<Calibration> {

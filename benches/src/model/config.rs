@@ -114,12 +114,12 @@ impl Config {
         if self.family == Family::Llama { RotaryLayout::Pairs } else { RotaryLayout::Halves }
     }
 
-    /// The shape of the attention layers, with rows of `row_type`, checked against the bounds of Sluice.
+    /// The shape of the attention layers, with rows of `row_type` (without scales), checked against the bounds of Sluice.
     ///
     /// # Errors
     /// The first field out of bounds.
     pub fn shape(&self, row_type: RowType) -> Result<ModelShape> {
-        let shape = ModelShape { row_type, layers: self.layers.clone() };
+        let shape = ModelShape::unscaled(row_type, self.layers.clone());
         shape.check()?;
         Ok(shape)
     }

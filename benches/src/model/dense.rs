@@ -1,12 +1,14 @@
 //! Dense attention over a KV cache in f32, in this process and without any of Sluice's code: what everything else is compared with.
 //!
 //! Queries go in blocks. Scores of a block are one matrix product, a softmax in place, and a second product with the values, all through
-//! candle: no code is shared with the kernels under test.
+//! candle: no code is shared with the kernels under test, but for the conversion of fp8 rows, which is tested on its own.
 
 use anyhow::{Context, Result, bail};
 use candle_core::{CpuStorage, Device, InplaceOp1, Layout, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
+use sluice_kernels::rows::e4m3;
+use sluice_kernels::scales::RowScale;
 use sluice_kernels::shape::{LaneKind, LayerShape, ModelShape, RowType};
 
 use super::attention::{AttentionLayers, Phase, Piece};
@@ -60,8 +62,11 @@ impl AttentionLayers for DenseLayers {
         let head_dim = usize::from(layer.head_dim);
         let group = query_heads / kv_heads;
         for (lane, rows) in self.rows[piece.layer].iter_mut().enumerate() {
-            let round = |source: &[f32]| rounded(&heads(source, kv_heads * head_dim, lane * head_dim, head_dim), self.shape.row_type);
-            rows.append(piece.first_position, round(piece.keys), round(piece.values))?;
+            let round = |source: &[f32], scale: f32| {
+                rounded(&heads(source, kv_heads * head_dim, lane * head_dim, head_dim), self.shape.row_type, scale)
+            };
+            let RowScale { key, value } = self.shape.scales_of(piece.layer).of(lane);
+            rows.append(piece.first_position, round(piece.keys, key), round(piece.values, value))?;
             let first_channel = lane * group * head_dim;
             let queries = heads(piece.queries, query_heads * head_dim, first_channel, group * head_dim);
             let attended = rows.attend(layer, piece.first_position, &queries)?;
@@ -87,11 +92,12 @@ fn heads(source: &[f32], stride: usize, first: usize, width: usize) -> Vec<f32> 
     source.chunks_exact(stride).flat_map(|row| &row[first..first + width]).copied().collect()
 }
 
-fn rounded(values: &[f32], row_type: RowType) -> Vec<f32> {
+fn rounded(values: &[f32], row_type: RowType, scale: f32) -> Vec<f32> {
     let round = |value: &f32| match row_type {
         RowType::F32 => *value,
         RowType::F16 => f16::from_f32(*value).to_f32(),
         RowType::Bf16 => bf16::from_f32(*value).to_f32(),
+        RowType::Fp8 => e4m3::value_of(e4m3::code_of(*value, scale), scale),
     };
     values.iter().map(round).collect()
 }

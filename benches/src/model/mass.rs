@@ -9,6 +9,8 @@ use anyhow::Result;
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
+use sluice_kernels::rows::e4m3;
+use sluice_kernels::scales::LaneScales;
 use sluice_kernels::shape::{LaneKind, LayerShape, ModelShape, RowType};
 
 use super::attention::{Phase, Piece};
@@ -22,6 +24,7 @@ pub struct MassMeter {
 
 struct LayerMass {
     shape: LayerShape,
+    scales: LaneScales,
     /// One for each kv head: `[row][d]`.
     keys: Vec<Grown>,
     sum: f64,
@@ -37,7 +40,7 @@ impl MassMeter {
         let selected = shape.layers.iter().enumerate().filter(|(_, layer)| layer.kind == LaneKind::Selected);
         let layer = |(index, layer): (usize, &LayerShape)| {
             let keys = (0..layer.kv_heads).map(|_| Grown::new(usize::from(layer.head_dim))).collect::<Result<_>>()?;
-            Ok((index, LayerMass { shape: *layer, keys, sum: 0.0, count: 0 }))
+            Ok((index, LayerMass { shape: *layer, scales: shape.scales_of(index), keys, sum: 0.0, count: 0 }))
         };
         Ok(Self { row_type: shape.row_type, layers: selected.map(layer).collect::<Result<_>>()? })
     }
@@ -50,7 +53,9 @@ impl MassMeter {
             (usize::from(layer.shape.head_dim), usize::from(layer.shape.kv_heads), usize::from(layer.shape.query_heads));
         let group = query_heads / kv_heads;
         for (lane, keys) in layer.keys.iter_mut().enumerate() {
-            keys.push(columns(piece.keys, kv_heads * head_dim, lane * head_dim, head_dim).map(|value| rounded(value, row_type)).collect())?;
+            let stored = columns(piece.keys, kv_heads * head_dim, lane * head_dim, head_dim);
+            let scale = layer.scales.of(lane).key;
+            keys.push(stored.map(|value| rounded(value, row_type, scale)).collect())?;
             if piece.phase == Phase::Prefill {
                 continue;
             }
@@ -83,11 +88,12 @@ fn columns(source: &[f32], stride: usize, first: usize, width: usize) -> impl It
 }
 
 /// A key as the cache keeps it.
-fn rounded(value: &f32, row_type: RowType) -> f32 {
+fn rounded(value: &f32, row_type: RowType, scale: f32) -> f32 {
     match row_type {
         RowType::F32 => *value,
         RowType::F16 => f16::from_f32(*value).to_f32(),
         RowType::Bf16 => bf16::from_f32(*value).to_f32(),
+        RowType::Fp8 => e4m3::value_of(e4m3::code_of(*value, scale), scale),
     }
 }
 

@@ -26,10 +26,11 @@ use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use sluice_kernels::scales::LaneScales;
 use sluice_kernels::shape::{LaneKind, ModelShape, RowType};
 
 pub use attention::{AttentionLayers, Phase, Piece};
-pub use calibrating::{CALIBRATION_SEED, calibrate};
+pub use calibrating::{CALIBRATION_SEED, Calibrated, calibrate};
 pub use config::{Config, Family, RotaryBase, RotaryLayout};
 pub use dense::DenseLayers;
 pub use gguf::Gguf;
@@ -135,12 +136,22 @@ impl Model {
         self.digest
     }
 
-    /// The shape of its attention layers with rows of `row_type`.
+    /// The shape of its attention layers with rows of `row_type`, which has no scales.
     ///
     /// # Errors
     /// A field that Sluice does not serve.
     pub fn shape(&self, row_type: RowType) -> Result<ModelShape> {
         self.config.shape(row_type)
+    }
+
+    /// The shape of its attention layers with fp8 rows of these scales, by layer.
+    ///
+    /// # Errors
+    /// A field that Sluice does not serve.
+    pub fn scaled_shape(&self, scales: Vec<LaneScales>) -> Result<ModelShape> {
+        let shape = ModelShape { row_type: RowType::Fp8, layers: self.config.layers.clone(), scales };
+        shape.check()?;
+        Ok(shape)
     }
 
     /// Runs one piece of tokens through all layers and commits it.

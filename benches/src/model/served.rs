@@ -68,6 +68,12 @@ impl ServedLayers {
         Self { shape, steps, mass, cost: StepReport::default(), decoded_tokens: 0, begun: 0, rows: Vec::new(), lse: Vec::new() }
     }
 
+    /// The shape of the model.
+    #[must_use]
+    pub fn shape(&self) -> &ModelShape {
+        &self.shape
+    }
+
     /// The meter of the attention mass, if there is one.
     #[must_use]
     pub fn mass(&self) -> Option<&MassMeter> {
@@ -105,7 +111,8 @@ impl AttentionLayers for ServedLayers {
         };
         self.rows.resize(piece.tokens * layer.lanes() * layer.row_bytes(self.shape.row_type), 0);
         let (lanes, head_dim) = (layer.lanes(), usize::from(layer.head_dim));
-        let job = PackJob { keys: piece.keys, values: piece.values, lanes, head_dim, row_type: self.shape.row_type };
+        let (row_type, scales) = (self.shape.row_type, &self.shape.scales_of(piece.layer));
+        let job = PackJob { keys: piece.keys, values: piece.values, lanes, head_dim, row_type, scales };
         pack_rows(&job, &mut self.rows);
         self.lse.resize(piece.tokens * usize::from(layer.query_heads), 0.0);
         let attend = if piece.phase == Phase::Decode { Attend::Sparse } else { Attend::Dense };

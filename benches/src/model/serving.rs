@@ -13,7 +13,7 @@ use sluice_kernels::label::{Calibration, LabelPlan};
 use sluice_kernels::shape::{LaneKind, ModelShape, RowType};
 use sluice_kernels::slot::CHUNK_TOKENS;
 
-use super::calibrating::calibrate;
+use super::calibrating::{Calibrated, calibrate};
 use super::config::RotaryLayout;
 use super::input::read_tokens;
 use super::local::{LocalOptions, LocalSteps};
@@ -47,7 +47,8 @@ pub struct ServingArguments {
     #[arg(long, value_name = "SOCKET")]
     pub endpoint: Option<String>,
     /// Text (or, ending in .json, token ids) whose queries and keys calibrate the labels; a different one from the text that is scored.
-    /// Without it a session calibrates on its own first tokens, as many as --calibrate-tokens, and attends densely until then.
+    /// Without it a session calibrates on its own first tokens, as many as --calibrate-tokens, and attends densely until then. The scales of
+    /// fp8 rows come from it as well.
     #[arg(long, value_name = "PATH")]
     pub calibrate_on: Option<PathBuf>,
     /// At most so many tokens of it.
@@ -135,10 +136,16 @@ impl ServingArguments {
     /// # Errors
     /// A calibration text that cannot be read, no daemon, or a refusal.
     pub fn open(&self, model: &Model, row_type: RowType, prompt: &[u32], tokens: usize) -> Result<Served> {
-        let shape = model.shape(row_type)?;
-        let head_dim = shape.layers.iter().find(|layer| layer.kind == LaneKind::Selected).map(|layer| layer.head_dim);
+        let layers = &model.config().layers;
+        let head_dim = layers.iter().find(|layer| layer.kind == LaneKind::Selected).map(|layer| layer.head_dim);
         let plan = self.label.plan(head_dim.context("the model has no full-attention layer to select from")?);
-        let labels = Labels { calibration: self.calibration(model, &plan)?, plan };
+        let calibrated = self.calibrated(model, &plan)?;
+        let shape = match (&calibrated, row_type) {
+            (Some(calibrated), RowType::Fp8) => model.scaled_shape(calibrated.scales.clone())?,
+            (None, RowType::Fp8) => bail!("--calibrate-on: missing; fp8 rows take their scales from it"),
+            _ => model.shape(row_type)?,
+        };
+        let labels = Labels { calibration: calibrated.map(|calibrated| calibrated.labels), plan };
         let (steps, daemon) = match self.attach {
             AttachName::Process => (self.process(&shape, labels.calibration.clone(), tokens)?, None),
             AttachName::Direct | AttachName::Stream => self.session(model, &shape, &labels, prompt, tokens)?,
@@ -170,16 +177,16 @@ impl ServingArguments {
         if self.threads == 0 { std::thread::available_parallelism().map_or(1, std::num::NonZero::get) } else { self.threads }
     }
 
-    fn calibration(&self, model: &Model, plan: &LabelPlan) -> Result<Option<Calibration>> {
+    fn calibrated(&self, model: &Model, plan: &LabelPlan) -> Result<Option<Calibrated>> {
         let Some(path) = &self.calibrate_on else { return Ok(None) };
         let mut ids = read_tokens(path, model.tokenizer())?;
         ids.truncate(self.calibrate_tokens.0);
         ensure!(!ids.is_empty(), "--calibrate-on {}: no tokens", path.display());
         let style = ProgressStyle::with_template("calibrating {bar:40} {pos}/{len} tokens, {eta} left")?;
         let bar = ProgressBar::new(ids.len() as u64).with_style(style);
-        let calibration = calibrate(model, plan, &ids, &mut |tokens| bar.inc(tokens as u64));
+        let calibrated = calibrate(model, plan, &ids, &mut |tokens| bar.inc(tokens as u64));
         bar.finish_and_clear();
-        calibration.map(Some)
+        calibrated.map(Some)
     }
 
     fn process(&self, shape: &ModelShape, calibration: Option<Calibration>, tokens: usize) -> Result<Box<dyn Steps>> {

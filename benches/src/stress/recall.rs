@@ -179,7 +179,7 @@ mod tests {
     #[test]
     fn recall_and_mass_equal_a_naive_count() {
         let shape = LayerShape { kind: LaneKind::Selected, query_heads: 6, kv_heads: 2, head_dim: 64, softmax_scale: 0.125 };
-        let generator = Generator::new(&ModelShape { row_type: RowType::F16, layers: vec![shape; 2] }, 21);
+        let generator = Generator::new(&ModelShape::unscaled(RowType::F16, vec![shape; 2]), 21);
         let rows = 600;
         let mut stored = vec![0; generator.rows_bytes(1, rows)];
         generator.fill_rows(1, 0..rows, &mut stored);

@@ -2,6 +2,8 @@
 #![expect(dead_code, unreachable_pub, reason = "every test file uses a part of it")]
 
 pub mod daemon;
+#[path = "../../../kernels/tests/support/e4m3.rs"]
+mod e4m3;
 pub mod oracle;
 pub mod rows;
 
@@ -12,21 +14,21 @@ use sluice_kernels::budget::{Budget, Settings};
 use sluice_kernels::device::DeviceKind;
 use sluice_kernels::shape::{ModelShape, RowType};
 
-use rows::{query_of, rows_of, selected, window};
+use rows::{query_of, rows_of, scaled, selected, window};
 
 /// Two full-attention layers around a sliding-window layer.
 pub fn hybrid_shape(row_type: RowType) -> ModelShape {
-    ModelShape { row_type, layers: vec![selected(4, 2, 64), window(300, 2, 1, 64), selected(2, 2, 96)] }
+    scaled(ModelShape::unscaled(row_type, vec![selected(4, 2, 64), window(300, 2, 1, 64), selected(2, 2, 96)]))
 }
 
 /// Full-attention layers only.
 pub fn plain_shape(row_type: RowType) -> ModelShape {
-    ModelShape { row_type, layers: vec![selected(4, 2, 64), selected(2, 1, 64)] }
+    scaled(ModelShape::unscaled(row_type, vec![selected(4, 2, 64), selected(2, 1, 64)]))
 }
 
 /// Four lanes in every layer, for workers that share a sequence by lanes.
 pub fn lane_shape() -> ModelShape {
-    ModelShape { row_type: RowType::F16, layers: vec![selected(8, 4, 64), window(300, 4, 4, 64), selected(4, 4, 64)] }
+    ModelShape::unscaled(RowType::F16, vec![selected(8, 4, 64), window(300, 4, 4, 64), selected(4, 4, 64)])
 }
 
 pub fn register(client: &Client, name: &str, shape: &ModelShape) -> Model {

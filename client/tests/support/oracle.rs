@@ -18,7 +18,7 @@ pub fn dense(paths: &[u64], position: usize, layer: usize, shape: &ModelShape) -
     let mut output = Vec::new();
     let mut log_sum_exp = Vec::new();
     for head in 0..heads {
-        let rows: Vec<Vec<f32>> = (first..=position).map(|at| row_values(paths[at], layer, head / group, layer_shape)).collect();
+        let rows: Vec<Vec<f32>> = (first..=position).map(|at| row_values(paths[at], layer, head / group, shape)).collect();
         let score = |row: &Vec<f32>| {
             let products = (0..channels).map(|c| f64::from(query[head * channels + c]) * f64::from(row[c]));
             products.sum::<f64>() * f64::from(layer_shape.softmax_scale)

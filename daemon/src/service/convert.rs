@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use sluice_kernels::budget::{Budget, Settings};
+use sluice_kernels::scales::{LaneScales, RowScale};
 use sluice_kernels::shape::{LaneKind, LayerShape, ModelShape, RowType};
 use sluice_proto::v1;
 
@@ -34,10 +35,15 @@ pub(super) fn register_model(request: v1::RegisterModelRequest) -> Result<Regist
         v1::RowType::F32 => RowType::F32,
         v1::RowType::F16 => RowType::F16,
         v1::RowType::Bf16 => RowType::Bf16,
-        v1::RowType::Unspecified => return Err(EngineError::invalid("model.row_type", model.row_type, "1 to 3")),
+        v1::RowType::F8E4m3 => RowType::Fp8,
+        v1::RowType::Unspecified => return Err(EngineError::invalid("model.row_type", model.row_type, "1 to 4")),
     };
     let layers = model.layers.iter().enumerate().map(|(index, spec)| layer(index, spec));
-    let shape = ModelShape { row_type, layers: layers.collect::<Result<_, _>>()? };
+    let mut shape = ModelShape::unscaled(row_type, layers.collect::<Result<_, _>>()?);
+    let scales = model.layers.iter().enumerate().map(|(index, spec)| lane_scales(index, spec, row_type)).collect::<Result<_, _>>()?;
+    if row_type == RowType::Fp8 {
+        shape.scales = scales;
+    }
     Ok(RegisterModel {
         name: model.name,
         namespace: if request.namespace.is_empty() { "default".to_owned() } else { request.namespace },
@@ -68,6 +74,19 @@ fn layer(index: usize, spec: &v1::LayerSpec) -> Result<LayerShape, EngineError> 
     let kind = if spec.window_tokens == 0 { LaneKind::Selected } else { LaneKind::Window { tokens: spec.window_tokens } };
     let (query_heads, kv_heads) = (narrow("layers.query_heads", spec.query_heads)?, narrow("layers.kv_heads", spec.kv_heads)?);
     Ok(LayerShape { kind, query_heads, kv_heads, head_dim, softmax_scale })
+}
+
+/// The scales of a layer's lanes: one a lane with fp8 rows, none with others.
+fn lane_scales(index: usize, spec: &v1::LayerSpec, row_type: RowType) -> Result<LaneScales, EngineError> {
+    let expected = if row_type == RowType::Fp8 { spec.kv_heads as usize } else { 0 };
+    for (field, scales) in [("layers.key_scales", &spec.key_scales), ("layers.value_scales", &spec.value_scales)] {
+        if scales.len() != expected {
+            let bound = format!("{expected} in layers[{index}] of {row_type:?} rows: one a kv head with fp8 rows, else none");
+            return Err(EngineError::invalid(field, scales.len(), bound));
+        }
+    }
+    let scales = spec.key_scales.iter().zip(&spec.value_scales).map(|(&key, &value)| RowScale { key, value });
+    Ok(scales.collect::<Vec<_>>().into())
 }
 
 /// `Open`.

@@ -14,7 +14,7 @@ const TOKENS: usize = 300;
 
 fn shape() -> ModelShape {
     let layer = |kind| LayerShape { kind, query_heads: 4, kv_heads: 2, head_dim: 64, softmax_scale: 0.125 };
-    ModelShape { row_type: RowType::F16, layers: vec![layer(LaneKind::Window { tokens: 128 }), layer(LaneKind::Selected)] }
+    ModelShape::unscaled(RowType::F16, vec![layer(LaneKind::Window { tokens: 128 }), layer(LaneKind::Selected)])
 }
 
 /// A number in (-1, 1) that every place of a tensor has for itself.

@@ -339,7 +339,7 @@ fn shape(kinds: [LaneKind; LAYERS]) -> ModelShape {
         head_dim: HEAD_DIM as u16,
         softmax_scale: 0.125,
     };
-    ModelShape { row_type: RowTypeOfRows::F32, layers: kinds.map(layer).to_vec() }
+    ModelShape::unscaled(RowTypeOfRows::F32, kinds.map(layer).to_vec())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -24,14 +24,7 @@ async fn status_shows_the_sequences_that_are_held() {
     let place = Place::new();
     let daemon = place.serve(&[]);
     let mut client = SluiceClient::new(daemon.channel().await);
-    let layer = LayerSpec {
-        attention: AttentionKind::MhaGqa.into(),
-        query_heads: 2,
-        kv_heads: 1,
-        head_dim: 64,
-        window_tokens: 0,
-        softmax_scale: 0.0,
-    };
+    let layer = LayerSpec { attention: AttentionKind::MhaGqa.into(), query_heads: 2, kv_heads: 1, head_dim: 64, ..LayerSpec::default() };
     let model = ModelSpec {
         name: "shown".to_owned(),
         weights_digest: vec![1].into(),

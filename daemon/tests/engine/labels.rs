@@ -43,7 +43,7 @@ async fn check_labels(engine: &EngineHandle, lease: LeaseKey, sequence: &Sequenc
             let page = rows(&tokens[..(chunk + 1) * 256], chunk * 256, layer, geometry.heads.lanes());
             let coder = LabelCoder::new(&calibration.plan, calibration.layer(layer).expect("a selected layer"));
             let mut expected = vec![0; plane.page_bytes as usize];
-            device.label(&LabelJob { geometry, page: &page, coder: &coder }, &mut expected);
+            device.label(&LabelJob { geometry: &geometry, page: &page, coder: &coder }, &mut expected);
             assert!(labels.page(plane, slot.index) == expected, "chunk {chunk} layer {layer}: labels differ");
             assert!(expected.iter().any(|&byte| byte != 0), "the labels say something");
         }

@@ -45,7 +45,7 @@ pub(crate) fn shape(window: Option<u32>) -> ModelShape {
     if let Some(tokens) = window {
         layers.insert(1, layer(LaneKind::Window { tokens }, 1));
     }
-    ModelShape { row_type: RowType::F16, layers }
+    ModelShape::unscaled(RowType::F16, layers)
 }
 
 /// Registers a model of `shape`.

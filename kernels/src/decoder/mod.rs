@@ -255,7 +255,7 @@ impl Decoder {
         let lanes = part.geometry.heads.lanes();
         self.positions.resize(lanes * plan.count, 0);
         let job = StepJob {
-            geometry: part.geometry,
+            geometry: &part.geometry,
             query: query.values,
             labels: &labels,
             coder,
@@ -328,7 +328,7 @@ impl Decoder {
         sequence.pages(layer, first / CHUNK_TOKENS..exact_to.div_ceil(CHUNK_TOKENS), &mut pages)?;
         let begin = Instant::now();
         let job = AttendJob {
-            geometry: part.geometry,
+            geometry: &part.geometry,
             query: query.values,
             pages: &pages,
             listed: &[],
@@ -362,7 +362,7 @@ impl Decoder {
         request.sequence.pages(layer, start / CHUNK_TOKENS..end.div_ceil(CHUNK_TOKENS), &mut pages)?;
         let begin = Instant::now();
         let first_position = request.first_position;
-        let job = ManyJob { geometry: part.geometry, queries: request.queries, first_position, window, pages: &pages };
+        let job = ManyJob { geometry: &part.geometry, queries: request.queries, first_position, window, pages: &pages };
         self.device.attend_many(&job, request.output, request.lse);
         let row_bytes = ((end - start) * part.geometry.heads.lanes() * part.geometry.row_bytes()) as u64;
         Ok(StepReport { row_bytes, attend: begin.elapsed(), ..StepReport::default() })

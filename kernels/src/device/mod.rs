@@ -13,13 +13,14 @@ use std::time::Duration;
 
 use crate::heads::HeadMap;
 use crate::label::LabelCoder;
-use crate::shape::RowType;
+use crate::scales::LaneScales;
+use crate::shape::{ModelShape, RowType};
 use crate::slot::CHUNK_TOKENS;
 
 pub use kind::{DeviceError, DeviceKind, ParseDeviceError, open};
 
 /// How the rows of a layer are shaped.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct LayerGeometry {
     /// Query heads on lanes.
     pub heads: HeadMap,
@@ -29,9 +30,24 @@ pub struct LayerGeometry {
     pub row_type: RowType,
     /// Factor applied to q·k before the softmax.
     pub softmax_scale: f32,
+    /// Scales of the lanes, where rows are scaled.
+    pub scales: LaneScales,
 }
 
 impl LayerGeometry {
+    /// The geometry of a whole layer.
+    #[must_use]
+    pub fn of(shape: &ModelShape, layer: usize) -> Self {
+        let layer_shape = &shape.layers[layer];
+        Self {
+            heads: layer_shape.heads(),
+            head_dim: usize::from(layer_shape.head_dim),
+            row_type: shape.row_type,
+            softmax_scale: layer_shape.softmax_scale,
+            scales: shape.scales_of(layer),
+        }
+    }
+
     /// Bytes of a row.
     #[must_use]
     pub fn row_bytes(&self) -> usize {
@@ -51,11 +67,12 @@ impl LayerGeometry {
     }
 }
 
-/// Quantise the keys of one page (all lanes, all 256 tokens) into a label page.
+/// Quantise the keys of one page (all lanes, all 256 tokens) into a label page. A key of fp8 rows is the number of its code times the
+/// lane's scale, rounded to f32.
 #[derive(Clone, Copy)]
 pub struct LabelJob<'a> {
     /// Shape of the rows.
-    pub geometry: LayerGeometry,
+    pub geometry: &'a LayerGeometry,
     /// `lanes x 256 x row_bytes`.
     pub page: &'a [u8],
     /// Channels, widths and ranges of the layer's lanes.
@@ -79,7 +96,7 @@ pub struct LabelJob<'a> {
 #[derive(Clone, Copy)]
 pub struct ScoreJob<'a> {
     /// Shape of the rows.
-    pub geometry: LayerGeometry,
+    pub geometry: &'a LayerGeometry,
     /// One query token: `[query_head][head_dim]`.
     pub query: &'a [f32],
     /// Label pages of the chunks before the horizon: `lanes x 256 x label_bytes` each.
@@ -107,7 +124,7 @@ pub struct SelectJob<'a> {
 #[derive(Clone, Copy)]
 pub struct AttendJob<'a> {
     /// Shape of the rows.
-    pub geometry: LayerGeometry,
+    pub geometry: &'a LayerGeometry,
     /// One query token: `[query_head][head_dim]`.
     pub query: &'a [f32],
     /// Pages by chunk, from chunk 0; a chunk that is not needed may be an empty slice.
@@ -142,7 +159,7 @@ impl HotRows<'_> {
 #[derive(Clone, Copy)]
 pub struct StepJob<'a> {
     /// Shape of the rows.
-    pub geometry: LayerGeometry,
+    pub geometry: &'a LayerGeometry,
     /// One query token: `[query_head][head_dim]`.
     pub query: &'a [f32],
     /// Label pages of the chunks before the horizon: `lanes x 256 x label_bytes` each.
@@ -217,7 +234,7 @@ pub struct StepTimes {
 #[derive(Clone, Copy)]
 pub struct ManyJob<'a> {
     /// Shape of the rows.
-    pub geometry: LayerGeometry,
+    pub geometry: &'a LayerGeometry,
     /// `[query][query_head][head_dim]`.
     pub queries: &'a [f32],
     /// Position of the first query token.

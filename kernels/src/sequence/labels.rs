@@ -59,7 +59,7 @@ impl OwnLabels {
         }
         let first = slot as usize * labels.page_bytes;
         let out = &mut labels.pages[first..first + labels.page_bytes];
-        device.label(&LabelJob { geometry: *geometry, page, coder: &labels.coder }, out);
+        device.label(&LabelJob { geometry, page, coder: &labels.coder }, out);
         labels.chunk_of_slot[slot as usize] = Some(chunk);
     }
 

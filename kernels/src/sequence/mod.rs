@@ -20,6 +20,7 @@ use crate::hot::{HotCounts, HotPool};
 use crate::label::{Calibration, CalibrationError, LabelCoder, LabelPlan};
 use crate::layout::{Plane, class_of};
 use crate::rows::first_non_finite;
+use crate::scales::LaneScales;
 use crate::shape::{LaneKind, ModelShape};
 use crate::shared::SharedError;
 use crate::shared::board::{Board, BoardState};
@@ -143,6 +144,8 @@ pub struct Sequence {
     shape: Arc<ModelShape>,
     settings: Settings,
     lanes: Option<Range<usize>>,
+    /// By layer, scales of the own lanes; none where rows are not scaled.
+    scales: Vec<LaneScales>,
     board: Board,
     open: OpenSlots,
     path: Path,
@@ -177,7 +180,10 @@ impl Sequence {
         let board = Board::map(&board, Access::ReadOnly)?;
         let open = OpenSlots::map(&open, OpenLayout::new(&shape, open_slots)?, writer)?;
         let committed = open.committed() as usize;
+        let own = |scales: &LaneScales| lanes.as_ref().map_or_else(|| scales.clone(), |lanes| scales.part(lanes.clone()));
+        let scales = shape.scales.iter().map(own).collect();
         let mut sequence = Self {
+            scales,
             path: Path::default(),
             own_labels: OwnLabels::default(),
             written: vec![committed; shape.layers.len()],
@@ -276,6 +282,7 @@ impl Sequence {
             head_dim: usize::from(shape.head_dim),
             row_type: self.shape.row_type,
             softmax_scale: shape.softmax_scale,
+            scales: self.scales.get(layer).cloned().unwrap_or_default(),
         };
         LayerPart { geometry, lanes, kind: shape.kind }
     }

@@ -3,7 +3,7 @@ use sluice_kernels::device::cpu::Level;
 use sluice_kernels::device::{AttendJob, HotRows};
 use sluice_kernels::shape::RowType;
 
-use crate::data::{Layer, Shape, assert_close, naive};
+use crate::data::{Layer, ROW_TYPES, Shape, assert_close, naive};
 use crate::{all_devices, cpu};
 
 /// What a lane attends, in the model's words.
@@ -42,7 +42,7 @@ proptest! {
     fn attends_the_listed_and_the_exact_rows(
         seed in any::<u64>(), lanes in 1usize..4, group in prop::sample::select(vec![1usize, 2, 3, 4, 5, 7, 8, 16]),
         dim in prop::sample::select(vec![64usize, 96, 128, 256]), tokens in 1usize..1200,
-        row_type in prop::sample::select(vec![RowType::F32, RowType::F16, RowType::Bf16]), a in any::<prop::sample::Index>(), b in any::<prop::sample::Index>(),
+        row_type in prop::sample::select(ROW_TYPES.to_vec()), a in any::<prop::sample::Index>(), b in any::<prop::sample::Index>(),
     ) {
         let mut layer = Layer::new(Shape { lanes, group, dim, tokens, row_type }, seed);
         let query = layer.queries(1);
@@ -53,7 +53,7 @@ proptest! {
         let listed = layer.listed(listed_per_lane, exact_from);
         let pages = layer.page_slices();
         check(&layer, &AttendJob {
-            geometry: layer.geometry, query: &query, pages: &pages, listed: &listed, listed_per_lane, exact_from, exact_to: tokens, hot: None,
+            geometry: &layer.geometry, query: &query, pages: &pages, listed: &listed, listed_per_lane, exact_from, exact_to: tokens, hot: None,
         });
     }
 }
@@ -65,7 +65,7 @@ fn attends_long_lists_of_many_segments() {
     let listed = layer.listed(3000, 8448);
     let pages = layer.page_slices();
     let job = AttendJob {
-        geometry: layer.geometry,
+        geometry: &layer.geometry,
         query: &query,
         pages: &pages,
         listed: &listed,
@@ -83,7 +83,7 @@ fn scores_far_apart_neither_overflow_nor_vanish() {
     let query: Vec<f32> = layer.queries(1).iter().map(|q| q * 40.0).collect();
     let pages = layer.page_slices();
     let job = AttendJob {
-        geometry: layer.geometry,
+        geometry: &layer.geometry,
         query: &query,
         pages: &pages,
         listed: &[],
@@ -109,7 +109,7 @@ fn nothing_to_attend_gives_zero_and_no_mass() {
     for mut device in all_devices() {
         let (mut output, mut lse) = (vec![f32::NAN; 6 * 96], vec![f32::NAN; 6]);
         let job = AttendJob {
-            geometry: layer.geometry,
+            geometry: &layer.geometry,
             query: &query,
             pages: &pages,
             listed: &[],
@@ -136,7 +136,7 @@ fn pages_that_are_not_needed_may_be_missing() {
         for pages in [&whole, &pages] {
             let (mut output, mut lse) = (vec![0.0; 256], vec![0.0; 4]);
             let job = AttendJob {
-                geometry: layer.geometry,
+                geometry: &layer.geometry,
                 query: &query,
                 pages,
                 listed: &listed,
@@ -164,7 +164,7 @@ fn the_bits_do_not_depend_on_threads_nor_on_what_is_listed_and_what_exact() {
             for (listed, listed_per_lane) in [(&everything[..], 2560), (&[][..], 0)] {
                 let (mut output, mut lse) = (vec![0.0; 18 * 128], vec![0.0; 18]);
                 let job = AttendJob {
-                    geometry: layer.geometry,
+                    geometry: &layer.geometry,
                     query: &query,
                     pages: &pages,
                     listed,
@@ -203,7 +203,7 @@ fn the_bits_do_not_depend_on_hot_copies() {
         let mut run = |hot: Option<HotRows>| {
             let (mut output, mut lse) = (vec![0.0; 512], vec![0.0; 8]);
             let job = AttendJob {
-                geometry: layer.geometry,
+                geometry: &layer.geometry,
                 query: &query,
                 pages: &pages,
                 listed: &listed,

@@ -57,7 +57,7 @@ fn hosted(gpu: &Gpu, shape: Shape, plan: &str, seed: u64) -> Hosted {
         head_dim: shape.dim as u16,
         softmax_scale: layer.geometry.softmax_scale,
     };
-    let model = ModelShape { row_type: shape.row_type, layers: vec![of_layer] };
+    let model = ModelShape { row_type: shape.row_type, layers: vec![of_layer], scales: layer.model_scales() };
     let layout = Arc::new(ClassLayout::new(&model, SlotClass::Selected));
     let slots = layer.pages.len() as u32 + 3;
     let file = tempfile::tempfile_in("/dev/shm").expect("a file");
@@ -73,8 +73,8 @@ fn hosted(gpu: &Gpu, shape: Shape, plan: &str, seed: u64) -> Hosted {
 
 impl Hosted {
     fn shape(&self, kept: Kept, max_count: usize) -> (SeatShape, BatchShape) {
-        let (geometry, plan, max_tokens) = (self.layer.geometry, self.coder.plan.clone(), self.layer.pages.len() * 256);
-        let seat = SeatShape { geometry, plan: plan.clone(), layers: 1, max_tokens, kept, tail_chunks: 3 };
+        let (geometry, plan, max_tokens) = (self.layer.geometry.clone(), self.coder.plan.clone(), self.layer.pages.len() * 256);
+        let seat = SeatShape { geometry: geometry.clone(), plan: plan.clone(), layers: 1, max_tokens, kept, tail_chunks: 3 };
         let max_entries = max_count + 3 * 256;
         (seat, BatchShape { geometry, plan, slots: 1, max_tokens, max_count, max_entries, gather_blocks: 8, trace_rows: None })
     }
@@ -120,7 +120,7 @@ impl Hosted {
 
     /// The newest row of every lane.
     fn newest(&self, length: usize) -> Vec<u8> {
-        let geometry = self.layer.geometry;
+        let geometry = &self.layer.geometry;
         let page = &self.layer.pages[(length - 1) / 256];
         (0..self.layer.shape.lanes)
             .flat_map(|lane| page[geometry.row_offset(lane, length - 1)..][..geometry.row_bytes()].to_vec())
@@ -128,7 +128,7 @@ impl Hosted {
     }
 
     fn labels(&self, chunks: usize) -> Vec<Vec<u8>> {
-        let geometry = self.layer.geometry;
+        let geometry = &self.layer.geometry;
         let label = |page: &Vec<u8>| {
             let mut labels = vec![0; self.layer.shape.lanes * 256 * self.coder.plan.label_bytes()];
             Reference.label(&LabelJob { geometry, page, coder: &self.coder }, &mut labels);
@@ -179,7 +179,7 @@ fn a_step_selects_and_attends_as_the_reference_does() {
         let labels = hosted.labels(horizon / 256);
         let labels: Vec<&[u8]> = labels.iter().map(Vec::as_slice).collect();
         let mut expected = vec![0; shape.lanes * horizon];
-        let job = ScoreJob { geometry: hosted.layer.geometry, query: &query, labels: &labels, coder: &hosted.coder };
+        let job = ScoreJob { geometry: &hosted.layer.geometry, query: &query, labels: &labels, coder: &hosted.coder };
         Reference.score(&job, &mut expected);
         let mut keys = batch.keys(0).expect("keys");
         for (index, (&key, &expected)) in keys.iter().zip(&expected).enumerate() {
@@ -198,7 +198,7 @@ fn a_step_selects_and_attends_as_the_reference_does() {
 
         let pages = hosted.layer.page_slices();
         let job = AttendJob {
-            geometry: hosted.layer.geometry,
+            geometry: &hosted.layer.geometry,
             query: &query,
             pages: &pages,
             listed: &positions,

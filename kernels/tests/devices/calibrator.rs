@@ -5,7 +5,7 @@ use crate::data::{Layer, Shape};
 
 fn model() -> ModelShape {
     let layer = |kind| LayerShape { kind, query_heads: 6, kv_heads: 2, head_dim: 64, softmax_scale: 0.125 };
-    ModelShape { row_type: RowType::F16, layers: vec![layer(LaneKind::Window { tokens: 32 }), layer(LaneKind::Selected)] }
+    ModelShape::unscaled(RowType::F16, vec![layer(LaneKind::Window { tokens: 32 }), layer(LaneKind::Selected)])
 }
 
 #[test]

@@ -11,7 +11,7 @@ use sluice_kernels::device::{Device, LabelJob, ManyJob};
 use sluice_kernels::label::LabelPlan;
 use sluice_kernels::shape::RowType;
 
-use crate::data::{Layer, Shape, assert_close};
+use crate::data::{Layer, ROW_TYPES, Shape, assert_close};
 use crate::{asked_for_cuda, gpu};
 
 fn device() -> Option<MutexGuard<'static, Cuda>> {
@@ -24,11 +24,11 @@ fn label_pages_have_the_references_bits() {
     let plans = ["16@4+32@2", "64@4", "8@2", "24@2", "8@16+8@8+16@4+24@2", "40@8", "16@16", "8@4+40@2"];
     for (index, plan) in plans.into_iter().enumerate() {
         let plan: LabelPlan = plan.parse().expect("a plan");
-        for row_type in [RowType::F32, RowType::F16, RowType::Bf16] {
+        for row_type in ROW_TYPES {
             let dim = [64, 96, 128, 256][index % 4];
             let mut layer = Layer::new(Shape { lanes: 3, group: 2, dim, tokens: 256, row_type }, index as u64);
             let coder = layer.coder(&plan);
-            let job = LabelJob { geometry: layer.geometry, page: &layer.pages[0], coder: &coder };
+            let job = LabelJob { geometry: &layer.geometry, page: &layer.pages[0], coder: &coder };
             let mut expected = vec![0; 3 * 256 * plan.label_bytes()];
             Reference.label(&job, &mut expected);
             let mut labels = vec![0xAA; expected.len()];
@@ -82,7 +82,7 @@ fn many_queries_agree_with_the_reference() {
             let needed = (first_position + 1).saturating_sub(window) / 256;
             pages[..needed].fill(&[]);
         }
-        let job = ManyJob { geometry: layer.geometry, queries: &query, first_position, window, pages: &pages };
+        let job = ManyJob { geometry: &layer.geometry, queries: &query, first_position, window, pages: &pages };
         let room = || (vec![f32::NAN; query.len()], vec![f32::NAN; query.len() / shape.dim]);
         let ((mut expected, mut expected_lse), (mut output, mut lse)) = (room(), room());
         Reference.attend_many(&job, &mut expected, &mut expected_lse);
@@ -101,7 +101,7 @@ fn no_cut_changes_a_bit() {
         let tokens = 3 * SEGMENT_KEYS + 500;
         let mut layer = Layer::new(Shape { lanes: 3, group, dim, tokens, row_type }, 77);
         let query = layer.queries(30);
-        let geometry = layer.geometry;
+        let geometry = &layer.geometry;
         let pages = layer.page_slices();
         let a_query = 3 * group * dim;
         for window in [None, Some(SEGMENT_KEYS + 100)] {

@@ -51,7 +51,7 @@ proptest! {
             let mut slots = vec![0; 2 * count];
             for lane in 0..2 {
                 let (listed, slots) = (&listed[lane * count..(lane + 1) * count], &mut slots[lane * count..(lane + 1) * count]);
-                pool.resolve(lane, listed, &keys, &HotFetch { geometry: layer.geometry, pages: &pages }, slots);
+                pool.resolve(lane, listed, &keys, &HotFetch { geometry: &layer.geometry, pages: &pages }, slots);
                 replays[lane].step(listed, &keys);
                 let hot: BTreeMap<u32, ()> = replays[lane].hot.iter().map(|&row| (row, ())).collect();
                 for (row, slot) in listed.iter().zip(slots) {
@@ -62,7 +62,7 @@ proptest! {
             let sum = HotCounts { hits: both[0].hits + both[1].hits, misses: both[0].misses + both[1].misses };
             prop_assert_eq!(pool.counts(), sum);
             let cold = AttendJob {
-                geometry: layer.geometry, query: &query, pages: &pages, listed: &listed, listed_per_lane: count, exact_from: 512, exact_to: 600, hot: None,
+                geometry: &layer.geometry, query: &query, pages: &pages, listed: &listed, listed_per_lane: count, exact_from: 512, exact_to: 600, hot: None,
             };
             let warm = AttendJob { hot: Some(HotRows { slots: &slots, rows: pool.rows() }), ..cold };
             let device = &mut devices[step as usize % 4];
@@ -80,7 +80,7 @@ proptest! {
 fn truncating_forgets_rows_at_and_after_the_new_length() {
     let layer = Layer::new(Shape { lanes: 1, group: 1, dim: 64, tokens: 256, row_type: RowType::F32 }, 4);
     let pages = layer.page_slices();
-    let fetch = HotFetch { geometry: layer.geometry, pages: &pages };
+    let fetch = HotFetch { geometry: &layer.geometry, pages: &pages };
     let mut pool = HotPool::new(1, 4, layer.geometry.row_bytes());
     let mut slots = [0; 4];
     pool.resolve(0, &[3, 9, 10, 200], &[0; 256], &fetch, &mut slots);

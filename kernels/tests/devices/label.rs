@@ -1,9 +1,8 @@
 use sluice_kernels::device::LabelJob;
 use sluice_kernels::label::{LabelPlan, decode, encode};
-use sluice_kernels::shape::RowType;
 
 use crate::all_devices;
-use crate::data::{Layer, Shape};
+use crate::data::{Layer, ROW_TYPES, Shape};
 
 const PLANS: [&str; 8] = ["16@4+32@2", "64@4", "8@2", "24@2", "8@16+8@8+16@4+24@2", "40@8", "16@16", "8@4+40@2"];
 
@@ -29,12 +28,12 @@ fn read_code(group: &[u8], token: usize, n: usize, channels: usize, bits: usize)
 fn labels_are_the_stated_codes_at_the_stated_places() {
     for (seed, plan) in PLANS.iter().enumerate() {
         let plan: LabelPlan = plan.parse().expect("a plan");
-        let row_type = [RowType::F32, RowType::F16, RowType::Bf16][seed % 3];
+        let row_type = ROW_TYPES[seed % 4];
         let mut layer = Layer::new(Shape { lanes: 3, group: 1, dim: 64, tokens: 256, row_type }, seed as u64);
         let coder = layer.coder(&plan);
         for mut device in all_devices() {
             let mut labels = vec![0xAA; 3 * 256 * plan.label_bytes()];
-            device.label(&LabelJob { geometry: layer.geometry, page: &layer.pages[0], coder: &coder }, &mut labels);
+            device.label(&LabelJob { geometry: &layer.geometry, page: &layer.pages[0], coder: &coder }, &mut labels);
             for lane in 0..3 {
                 let mut seen = [0u32; 4];
                 for token in 0..256 {

@@ -5,6 +5,8 @@ mod batch;
 mod calibrator;
 mod cuda;
 mod data;
+#[path = "../support/e4m3.rs"]
+mod e4m3;
 mod hot;
 mod kind;
 mod label;

@@ -3,7 +3,7 @@ use sluice_kernels::device::ManyJob;
 use sluice_kernels::device::cpu::Level;
 use sluice_kernels::shape::RowType;
 
-use crate::data::{Layer, Shape, assert_close, naive};
+use crate::data::{Layer, ROW_TYPES, Shape, assert_close, naive};
 use crate::{all_devices, cpu};
 
 fn check(layer: &mut Layer, queries: usize, window: Option<usize>) {
@@ -25,7 +25,7 @@ fn check(layer: &mut Layer, queries: usize, window: Option<usize>) {
             expected_lse.push(lse);
         }
     }
-    let job = ManyJob { geometry: layer.geometry, queries: &query, first_position, window, pages: &pages };
+    let job = ManyJob { geometry: &layer.geometry, queries: &query, first_position, window, pages: &pages };
     for mut device in all_devices() {
         let (mut output, mut lse) = (vec![f32::NAN; expected.len()], vec![f32::NAN; expected_lse.len()]);
         device.attend_many(&job, &mut output, &mut lse);
@@ -41,7 +41,7 @@ proptest! {
     fn each_query_attends_its_own_past(
         seed in any::<u64>(), lanes in 1usize..3, group in prop::sample::select(vec![1usize, 2, 3, 4, 8]),
         dim in prop::sample::select(vec![64usize, 96, 128, 256]), tokens in 1usize..700, queries in any::<prop::sample::Index>(),
-        row_type in prop::sample::select(vec![RowType::F32, RowType::F16, RowType::Bf16]), window in prop::option::of(1usize..400),
+        row_type in prop::sample::select(ROW_TYPES.to_vec()), window in prop::option::of(1usize..400),
     ) {
         let queries = 1 + queries.index(tokens.min(90));
         check(&mut Layer::new(Shape { lanes, group, dim, tokens, row_type }, seed), queries, window);
@@ -66,7 +66,7 @@ fn the_bits_do_not_depend_on_neighbours_nor_threads() {
                 let mut device = cpu(level, threads);
                 for (index, queries) in queries.chunks(piece * 8 * 96).enumerate() {
                     let (mut o, mut l) = (vec![0.0; queries.len()], vec![0.0; queries.len() / 96]);
-                    let job = ManyJob { geometry: layer.geometry, queries, first_position: 500 + index * piece, window, pages: &pages };
+                    let job = ManyJob { geometry: &layer.geometry, queries, first_position: 500 + index * piece, window, pages: &pages };
                     device.attend_many(&job, &mut o, &mut l);
                     output.extend(o);
                     lse.extend(l);

@@ -67,7 +67,7 @@ fn labels_of(layer: &Layer, coder: &LabelCoder) -> Vec<Vec<u8>> {
     let mut device = sluice_kernels::device::reference::Reference;
     let label = |page: &Vec<u8>| {
         let mut labels = vec![0; layer.shape.lanes * 256 * coder.plan.label_bytes()];
-        sluice_kernels::device::Device::label(&mut device, &LabelJob { geometry: layer.geometry, page, coder }, &mut labels);
+        sluice_kernels::device::Device::label(&mut device, &LabelJob { geometry: &layer.geometry, page, coder }, &mut labels);
         labels
     };
     layer.pages.iter().map(label).collect()
@@ -97,7 +97,7 @@ fn keys_are_within_one_step_of_the_definition() {
         let expected = expected_keys(&layer, &coder, &query);
         for mut device in all_devices() {
             let mut keys = vec![0; lanes * tokens];
-            device.score(&ScoreJob { geometry: layer.geometry, query: &query, labels: &labels, coder: &coder }, &mut keys);
+            device.score(&ScoreJob { geometry: &layer.geometry, query: &query, labels: &labels, coder: &coder }, &mut keys);
             for (index, (&got, &expected)) in keys.iter().zip(&expected).enumerate() {
                 assert!(got.abs_diff(expected) <= 1, "{}: {plan}, key {index} is {got}, expected {expected}", device.name());
             }
@@ -118,7 +118,8 @@ fn keys_do_not_depend_on_threads() {
         for level in sluice_kernels::device::cpu::Level::available() {
             let keys = [1, 2, 3].map(|threads| {
                 let mut keys = vec![0; lanes * 5120];
-                cpu(level, threads).score(&ScoreJob { geometry: layer.geometry, query: &query, labels: &labels, coder: &coder }, &mut keys);
+                cpu(level, threads)
+                    .score(&ScoreJob { geometry: &layer.geometry, query: &query, labels: &labels, coder: &coder }, &mut keys);
                 keys
             });
             assert!(keys[0] == keys[1] && keys[0] == keys[2], "{level:?}, {lanes} lanes");
@@ -136,7 +137,7 @@ fn a_query_of_zeros_makes_all_rows_alike() {
     for mut device in all_devices() {
         let mut keys = vec![0; 512];
         let query = [0.0; 128];
-        device.score(&ScoreJob { geometry: layer.geometry, query: &query, labels: &labels, coder: &coder }, &mut keys);
+        device.score(&ScoreJob { geometry: &layer.geometry, query: &query, labels: &labels, coder: &coder }, &mut keys);
         // Two heads of 1/512 each make 2^-8, 113 binades above 2^-121.
         assert!(keys.iter().all(|&key| key.abs_diff(113 * 512) <= 1), "{}: {:?}", device.name(), &keys[..4]);
     }
@@ -157,7 +158,7 @@ fn a_row_that_the_sample_missed_has_the_largest_key_and_changes_no_other() {
         }
         let labels: Vec<&[u8]> = labels.chunks(256 * 4).collect();
         let mut keys = vec![0; 66 * 256];
-        device.score(&ScoreJob { geometry: layer.geometry, query: &[100.0; 32], labels: &labels, coder: &coder }, &mut keys);
+        device.score(&ScoreJob { geometry: &layer.geometry, query: &[100.0; 32], labels: &labels, coder: &coder }, &mut keys);
         let needle = keys.remove(3 * 256 + row);
         (needle, keys)
     };

@@ -11,7 +11,7 @@ fn a_step_is_its_verbs_one_after_the_other() {
         let plan: LabelPlan = "16@4+16@2".parse().expect("a plan");
         let mut layer = Layer::new(Shape { lanes, group: 2, dim: 64, tokens: 1400, row_type: RowType::F16 }, lanes as u64);
         let (coder, query) = (layer.coder(&plan), layer.queries(1));
-        let (pages, geometry, query) = (layer.page_slices(), layer.geometry, &query[..]);
+        let (pages, geometry, query) = (layer.page_slices(), &layer.geometry, &query[..]);
         for mut device in all_devices() {
             let mut labels = vec![vec![0; lanes * 256 * plan.label_bytes()]; 4];
             for (labels, page) in labels.iter_mut().zip(&pages) {
@@ -46,7 +46,7 @@ fn a_step_before_the_first_horizon_is_exact() {
     for mut device in all_devices() {
         let (mut output, mut lse) = (vec![0.0; 256], vec![0.0; 4]);
         let job = StepJob {
-            geometry: layer.geometry,
+            geometry: &layer.geometry,
             query: &query,
             labels: &[],
             coder: &coder,

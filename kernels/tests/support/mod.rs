@@ -1,5 +1,7 @@
 //! The daemon's half of shared memory, as small as a test needs it: it seals by hand and tells the holder through the board.
 
+mod e4m3;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -7,6 +9,7 @@ use sluice_kernels::budget::Settings;
 use sluice_kernels::device::{DeviceKind, LabelJob, LayerGeometry, open as open_device};
 use sluice_kernels::label::{Calibration, LabelCoder, LabelPlan, LaneCalibration, LayerCalibration};
 use sluice_kernels::layout::ClassLayout;
+use sluice_kernels::scales::RowScale;
 use sluice_kernels::sequence::{Sequence, SequenceFiles};
 use sluice_kernels::shape::{LaneKind, LayerShape, ModelShape, RowType};
 use sluice_kernels::shared::board::{Board, BoardState};
@@ -19,10 +22,31 @@ pub(crate) const TABLE_CHUNKS: u32 = 32;
 pub(crate) const SEGMENT_SLOTS: u32 = 8;
 const LABEL_SET: u64 = 7;
 
+/// Types of rows that a holder is tested with: one of plain elements, and the one whose elements have scales.
+pub(crate) const ROW_TYPES: [RowType; 2] = [RowType::F16, RowType::Fp8];
+
 pub(crate) fn shape() -> Arc<ModelShape> {
+    shape_of(RowType::F16)
+}
+
+pub(crate) fn shape_of(row_type: RowType) -> Arc<ModelShape> {
     let selected = LayerShape { kind: LaneKind::Selected, query_heads: 4, kv_heads: 2, head_dim: 64, softmax_scale: 0.125 };
     let window = LayerShape { kind: LaneKind::Window { tokens: 300 }, query_heads: 2, kv_heads: 1, head_dim: 64, softmax_scale: 0.125 };
-    Arc::new(ModelShape { row_type: RowType::F16, layers: vec![selected, window, selected] })
+    let mut shape = ModelShape { row_type, layers: vec![selected, window, selected], scales: Vec::new() };
+    set_scales(&mut shape);
+    Arc::new(shape)
+}
+
+/// Gives every lane of fp8 rows scales of its own, so that a mix-up shows.
+pub(crate) fn set_scales(shape: &mut ModelShape) {
+    let scale = |layer: usize, lane: usize| {
+        let factor = 1.0 + 0.3 * layer as f32 + 0.7 * lane as f32;
+        RowScale { key: 0.0051 * factor, value: 0.0047 / factor }
+    };
+    let of_layer = |(layer, shape): (usize, &LayerShape)| (0..shape.lanes()).map(|lane| scale(layer, lane)).collect::<Vec<_>>().into();
+    if shape.row_type == RowType::Fp8 {
+        shape.scales = shape.layers.iter().enumerate().map(of_layer).collect();
+    }
 }
 
 pub(crate) fn calibration(shape: &ModelShape) -> Arc<Calibration> {
@@ -153,17 +177,11 @@ impl TestDaemon {
     ) {
         let layer = usize::from(plane.layer);
         let coder = LabelCoder::new(&calibration.plan, calibration.layer(layer).expect("a selected layer"));
-        let shape = &self.shape.layers[layer];
-        let geometry = LayerGeometry {
-            heads: shape.heads(),
-            head_dim: usize::from(shape.head_dim),
-            row_type: self.shape.row_type,
-            softmax_scale: shape.softmax_scale,
-        };
+        let geometry = LayerGeometry::of(&self.shape, layer);
         let mut device = open_device(DeviceKind::Reference, 1).expect("device");
         let label_plane = labels.layout().plane_of_layer(layer).expect("label plane");
         let page = segment.page(plane, index);
-        labels.fill_page(label_plane, index, |out| device.label(&LabelJob { geometry, page, coder: &coder }, out));
+        labels.fill_page(label_plane, index, |out| device.label(&LabelJob { geometry: &geometry, page, coder: &coder }, out));
     }
 
     /// Takes up everything that is sealed, as a client does over the side socket.
@@ -182,12 +200,23 @@ pub(crate) fn rows(shape: &ModelShape, layer: usize, lanes: std::ops::Range<usiz
     let mut bytes = Vec::new();
     for lane in lanes {
         for position in positions.clone() {
-            for element in 0..dims {
-                bytes.extend_from_slice(&half::f16::from_f32(value(layer, lane, position, element)).to_le_bytes());
-            }
+            (0..dims).for_each(|element| bytes.extend(stored(shape, layer, lane, position, element).0));
         }
     }
     bytes
+}
+
+/// Bytes of an element, and the number that they stand for.
+pub(crate) fn stored(shape: &ModelShape, layer: usize, lane: usize, position: usize, element: usize) -> (Vec<u8>, f64) {
+    let value = value(layer, lane, position, element);
+    if shape.row_type == RowType::Fp8 {
+        let scales = shape.scales[layer].as_slice()[lane];
+        let scale = if element < usize::from(shape.layers[layer].head_dim) { scales.key } else { scales.value };
+        let code = e4m3::e4m3_code(value / scale);
+        return (vec![code], e4m3::e4m3_value(code) * f64::from(scale));
+    }
+    let half = half::f16::from_f32(value);
+    (half.to_le_bytes().to_vec(), half.to_f64())
 }
 
 pub(crate) fn value(layer: usize, lane: usize, position: usize, element: usize) -> f32 {

@@ -62,7 +62,7 @@ impl<E: Element> Task for AttendSegment<'_, E> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let geometry = &self.job.geometry;
+        let geometry = self.job.geometry;
         let (group, dim) = (geometry.heads.group(), geometry.head_dim);
         assert!(self.partials.len() == group * partial_len(dim) && dim.is_multiple_of(32));
         for partial in self.partials.chunks_exact_mut(partial_len(dim)) {
@@ -74,7 +74,8 @@ impl<E: Element> Task for AttendSegment<'_, E> {
         let mut current = BlockRows::find(self.job, self.lane, rows.start, rows.end);
         current.prefetch_all(simd, geometry.row_bytes());
         let lane_query = &self.job.query[self.lane * group * dim..(self.lane + 1) * group * dim];
-        let scale = geometry.softmax_scale * std::f32::consts::LOG2_E;
+        // The scale of the lane's keys is part of it; that of its values waits for the merged output.
+        let scale = geometry.softmax_scale * std::f32::consts::LOG2_E * (E::FACTOR * geometry.scales.of(self.lane).key);
         while current.count > 0 {
             let next = BlockRows::find(self.job, self.lane, (current.first + BLOCK).min(rows.end), rows.end);
             // After the last block there is nothing to ask for; asking for what is here already costs nothing.
@@ -179,7 +180,7 @@ impl Block<'_> {
             let rows: [*const u8; R] = std::array::from_fn(|row| self.rows.rows[start + row]);
             let mut sums = [simd.splat(0.0); 16];
             for channel in (0..self.dim).step_by(16) {
-                if first == 0 {
+                if first == 0 && (E::BYTES > 1 || channel.is_multiple_of(32)) {
                     // The first half of the next block: all lines of R / 2 rows while the keys of R rows are read.
                     for row in &self.ahead[start / 2..start / 2 + R / 2] {
                         for line in (0..32 * E::BYTES).step_by(64) {
@@ -239,9 +240,9 @@ impl Block<'_> {
         // The second half of the next block: this tile's share of its rows, all lines of a row together.
         let (row_bytes, mut place, mut line) = (2 * self.dim * E::BYTES, BLOCK / 2 + channel * BLOCK / 2 / self.dim, 0);
         for (index, &row) in self.rows.rows[..self.rows.count].iter().enumerate() {
-            if first == 0 {
+            if first == 0 && (V * E::BYTES >= 4 || index.is_multiple_of(2)) {
                 let next = self.ahead[place % BLOCK];
-                for _ in 0..V * E::BYTES / 4 {
+                for _ in 0..(V * E::BYTES).div_ceil(4) {
                     simd.prefetch(next.wrapping_add(line));
                     line += 64;
                 }
@@ -305,6 +306,8 @@ pub(super) struct MergePartials<'a> {
     /// From one segment to the next.
     pub(super) stride: usize,
     pub(super) segments: usize,
+    /// What the values lack as a factor.
+    pub(super) scale: f32,
     pub(super) output: &'a mut [f32],
 }
 
@@ -335,7 +338,7 @@ impl Task for MergePartials<'_> {
                 unsafe { simd.store(to.as_mut_ptr(), simd.mul_add(simd.load(from.as_ptr()), simd.splat(keep), simd.load(to.as_ptr()))) };
             }
         }
-        let share = (1.0 / total) as f32;
+        let share = (1.0 / total) as f32 * self.scale;
         for to in self.output {
             *to *= share;
         }

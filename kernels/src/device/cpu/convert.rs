@@ -3,6 +3,7 @@
 use half::f16;
 
 use super::simd::{Simd, Task};
+use crate::rows::e4m3;
 
 /// Rounds to little-endian binary16.
 pub(super) struct ToF16<'a> {
@@ -28,6 +29,27 @@ impl Task for ToF16<'_> {
         }
         for (from, to) in tail.iter().zip(to_tail.as_chunks_mut::<2>().0) {
             *to = f16::from_f32(*from).to_le_bytes();
+        }
+    }
+}
+
+/// Converts to e4m3 at one scale.
+pub(super) struct ToE4m3<'a> {
+    pub(super) from: &'a [f32],
+    pub(super) scale: f32,
+    /// One byte an element.
+    pub(super) to: &'a mut [u8],
+}
+
+impl Task for ToE4m3<'_> {
+    type Output = ();
+
+    /// Plain code without branches, which the compiler vectorises for the instruction set.
+    #[inline(always)]
+    fn run<S: Simd>(self, _simd: S) {
+        assert_eq!(self.to.len(), self.from.len());
+        for (to, &from) in self.to.iter_mut().zip(self.from) {
+            *to = e4m3::code_of(from, self.scale);
         }
     }
 }

@@ -25,17 +25,22 @@ impl<E: Element> Task for LabelLane<'_, E> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let (geometry, plan) = (&self.job.geometry, &self.job.coder.plan);
+        let (geometry, plan) = (self.job.geometry, &self.job.coder.plan);
         let (dim, row_bytes, block_bytes) = (geometry.head_dim, geometry.row_bytes(), BLOCK_TOKENS * plan.label_bytes());
         assert!(dim <= MAX_DIM && self.out.len() == CHUNK_TOKENS * plan.label_bytes());
         let rows = &self.job.page[self.lane * CHUNK_TOKENS * row_bytes..(self.lane + 1) * CHUNK_TOKENS * row_bytes];
+        // The product of the loaded element with the first factor is exact, so that the key is rounded once, as its definition has it.
+        let (factor, scale) = (simd.splat(E::FACTOR), simd.splat(geometry.scales.of(self.lane).key));
         let mut keys = [[0.0f32; MAX_DIM]; BLOCK_TOKENS];
         let mut codes = [[0u32; BLOCK_TOKENS]; MAX_DIM];
         for (rows, out) in rows.chunks_exact(BLOCK_TOKENS * row_bytes).zip(self.out.chunks_exact_mut(block_bytes)) {
             for (row, key) in rows.chunks_exact(row_bytes).zip(&mut keys) {
                 for channel in (0..dim).step_by(16) {
                     // SAFETY: a row has `2 * dim` elements, and `dim`, a multiple of 16, is at most MAX_DIM.
-                    unsafe { simd.store(key.as_mut_ptr().add(channel), E::load(simd, row.as_ptr().add(channel * E::BYTES))) };
+                    unsafe {
+                        let loaded = E::load(simd, row.as_ptr().add(channel * E::BYTES));
+                        simd.store(key.as_mut_ptr().add(channel), simd.mul(simd.mul(loaded, factor), scale));
+                    }
                 }
             }
             quantise(simd, self.job, self.lane, &keys, &mut codes);

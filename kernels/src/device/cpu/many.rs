@@ -99,12 +99,12 @@ impl<E: Element> Task for QueryTile<'_, E> {
 }
 
 impl<E: Element> QueryTile<'_, E> {
-    /// Transposes and scales the queries, and empties the sums.
+    /// Transposes and scales the queries (by the scale of the lane's keys as well), and empties the sums.
     #[inline(always)]
     fn prepare(&mut self, columns: usize) {
-        let geometry = &self.job.geometry;
+        let geometry = self.job.geometry;
         let (heads, group, dim) = (geometry.heads.query_heads(), geometry.heads.group(), geometry.head_dim);
-        let scale = geometry.softmax_scale * std::f32::consts::LOG2_E;
+        let scale = geometry.softmax_scale * std::f32::consts::LOG2_E * (E::FACTOR * geometry.scales.of(self.lane).key);
         let room = &mut *self.room;
         room.queries.clear();
         room.queries.resize(dim * columns, 0.0);
@@ -131,11 +131,12 @@ impl<E: Element> QueryTile<'_, E> {
     #[inline(always)]
     fn finish(self) {
         let (group, dim) = (self.job.geometry.heads.group(), self.job.geometry.head_dim);
+        let scale = E::FACTOR * self.job.geometry.scales.of(self.lane).value;
         for column in 0..self.count * group {
             let output = &mut self.room.output[column * dim..(column + 1) * dim];
             let sum = self.room.sums[column];
             for to in output.iter_mut() {
-                *to /= sum;
+                *to = *to / sum * scale;
             }
             let lse = (self.room.maxima[column] + sum.log2()) * std::f32::consts::LN_2;
             (self.write)(self.first + column / group, self.lane * group + column % group, output, lse);

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use self::attend::{AttendSegment, MergePartials, Segments, partial_len};
-use self::element::with_element;
+use self::element::{Element, with_element};
 use self::label::LabelLane;
 use self::many::{QueryTile, Room, queries_a_tile};
 use self::parts::Parts;
@@ -203,7 +203,9 @@ impl Cpu {
             // SAFETY: each head is one task, and partials are only read.
             let (output, lse) = unsafe { (output.part(head * dim..(head + 1) * dim), output_one(&lse, head)) };
             let first = head / group * segments.count * a_segment + head % group * partial_len(dim);
-            *lse = level.enter(MergePartials { partials: &partials, first, stride: a_segment, segments: segments.count, output });
+            let factor = with_element!(job.geometry.row_type, E => <E as Element>::FACTOR);
+            let scale = factor * job.geometry.scales.of(head / group).value;
+            *lse = level.enter(MergePartials { partials: &partials, first, stride: a_segment, segments: segments.count, scale, output });
         });
     }
 }
@@ -272,7 +274,7 @@ impl Device for Cpu {
     }
 
     fn attend(&mut self, job: &AttendJob, output: &mut [f32], lse: &mut [f32]) {
-        let geometry = &job.geometry;
+        let geometry = job.geometry;
         let (lanes, group, dim, level) = (geometry.heads.lanes(), geometry.heads.group(), geometry.head_dim, self.level);
         assert!(
             job.query.len() == lanes * group * dim && output.len() == job.query.len() && lse.len() == lanes * group,
@@ -296,7 +298,7 @@ impl Device for Cpu {
     }
 
     fn attend_many(&mut self, job: &ManyJob, output: &mut [f32], lse: &mut [f32]) {
-        let geometry = &job.geometry;
+        let geometry = job.geometry;
         let (heads, dim, level) = (geometry.heads.query_heads(), geometry.head_dim, self.level);
         let queries = job.queries.len() / (heads * dim);
         assert!(job.queries.len() == queries * heads * dim && output.len() == job.queries.len(), "queries and outputs");
@@ -350,4 +352,9 @@ impl Device for Cpu {
 /// Rounds f32 to little-endian binary16, as `half::f16::from_f32`.
 pub(crate) fn to_f16(level: Level, from: &[f32], to: &mut [u8]) {
     level.enter(convert::ToF16 { from, to });
+}
+
+/// Converts f32 to e4m3 at one scale, as [`crate::rows::e4m3::code_of`].
+pub(crate) fn to_e4m3(level: Level, from: &[f32], scale: f32, to: &mut [u8]) {
+    level.enter(convert::ToE4m3 { from, scale, to });
 }

@@ -12,6 +12,9 @@ constexpr u32 CHUNK_TOKENS = 256;
 #define ROW_F32 0
 #define ROW_F16 1
 #define ROW_BF16 2
+#if ROW_TYPE > ROW_BF16
+#error "rows of this type have no kernels for this device"
+#endif
 
 // Elements of rows as they lie in memory: binary32, or the bits of binary16 or bfloat16.
 #if ROW_TYPE == ROW_F32

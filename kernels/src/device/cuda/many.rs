@@ -100,7 +100,7 @@ impl Tiles {
         let found = match row_type {
             RowType::F32 => [plain(16, 32), plain(16, 16)].into_iter().find(fits),
             // With more than 32 keys of 256 channels a thread's registers do not suffice.
-            RowType::F16 | RowType::Bf16 => {
+            RowType::F16 | RowType::Bf16 | RowType::Fp8 => {
                 let sizes = [(64, 64), (64, 32), (64, 16), (32, 16)].into_iter().filter(|(_, keys)| keys * head_dim <= 8192);
                 sizes.map(|(rows, keys)| matrices(rows, keys)).find(fits)
             }
@@ -200,7 +200,7 @@ impl Many {
         let gpu = modules.gpu();
         let tiles = Tiles::new(geometry.head_dim, geometry.row_type, Target { capability: gpu.capability });
         Ok(Self {
-            geometry: *geometry,
+            geometry: geometry.clone(),
             tiles,
             attend: module.kernel("attend_many", tiles.shared_bytes)?,
             merge: module.kernel("merge_segments", 0)?,

@@ -44,13 +44,14 @@ impl Specialisation {
         Self { plan: Some(plan.clone()), ..Self::rows(geometry) }
     }
 
-    /// `-D` options: `HEAD_DIM`, `ROW_TYPE` (0 f32, 1 f16, 2 bf16), `GROUP`, and with a plan `PLAN_GROUPS` ({channels, bits}, ...),
+    /// `-D` options: `HEAD_DIM`, `ROW_TYPE` (0 f32, 1 f16, 2 bf16, 3 e4m3), `GROUP`, and with a plan `PLAN_GROUPS` ({channels, bits}, ...),
     /// `N_GROUPS`, `LABEL_BYTES`, `CHANNELS`.
     fn options(&self) -> Vec<String> {
         let row_type = match self.row_type {
             RowType::F32 => 0,
             RowType::F16 => 1,
             RowType::Bf16 => 2,
+            RowType::Fp8 => 3,
         };
         let mut options =
             vec![format!("-DHEAD_DIM={}", self.head_dim), format!("-DROW_TYPE={row_type}"), format!("-DGROUP={}", self.group)];

@@ -63,8 +63,8 @@ impl Cuda {
     fn try_label(&mut self, job: &LabelJob, out: &mut [u8]) -> Result<(), CudaError> {
         let label_bytes = job.geometry.heads.lanes() * crate::slot::CHUNK_TOKENS * job.coder.plan.label_bytes();
         assert!(out.len() == label_bytes && job.page.len() == job.geometry.page_bytes(), "bytes of a page and of its labels");
-        let module = self.modules.get(Source::Label, &Specialisation::labels(&job.geometry, &job.coder.plan))?;
-        let labeller = Labeller::with_module(&module, &self.stream, &job.geometry, job.coder)?;
+        let module = self.modules.get(Source::Label, &Specialisation::labels(job.geometry, &job.coder.plan))?;
+        let labeller = Labeller::with_module(&module, &self.stream, job.geometry, job.coder)?;
         self.rows.fit(job.page.len())?;
         self.labels.fit(out.len())?;
         self.rows.write(&self.stream, 0, job.page)?;
@@ -80,14 +80,14 @@ impl Cuda {
         let count = job.queries.len() / (heads * head_dim);
         assert!(job.queries.len() == count * heads * head_dim && output.len() == job.queries.len(), "queries and outputs");
         assert_eq!(lse.len(), count * heads, "log-sum-exps");
-        let index = match self.streamed.iter().position(|(geometry, _)| *geometry == job.geometry) {
+        let index = match self.streamed.iter().position(|(geometry, _)| geometry == job.geometry) {
             Some(index) => index,
             None => {
                 if self.streamed.len() == KEPT_SHAPES {
                     self.streamed.remove(0);
                 }
-                let streamed = Streamed::new(&mut self.modules, &self.stream, &job.geometry, PIECE_BYTES)?;
-                self.streamed.push((job.geometry, streamed));
+                let streamed = Streamed::new(&mut self.modules, &self.stream, job.geometry, PIECE_BYTES)?;
+                self.streamed.push((job.geometry.clone(), streamed));
                 self.streamed.len() - 1
             }
         };

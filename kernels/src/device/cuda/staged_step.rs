@@ -35,7 +35,7 @@ impl Seat {
 
 /// Writes `[lane][row]` importance keys.
 pub(super) fn score(modules: &mut Modules, stream: &Arc<CudaStream>, job: &ScoreJob, keys: &mut [u16]) -> Result<(), CudaError> {
-    let (geometry, plan) = (&job.geometry, &job.coder.plan);
+    let (geometry, plan) = (job.geometry, &job.coder.plan);
     let (lanes, group, chunks) = (geometry.heads.lanes(), geometry.heads.group(), job.labels.len());
     assert_eq!(keys.len(), lanes * chunks * CHUNK_TOKENS, "keys of {lanes} lanes and {chunks} chunks");
     assert_eq!(job.query.len(), lanes * group * geometry.head_dim, "query");
@@ -164,7 +164,7 @@ struct Rows {
 impl Rows {
     /// The device's exact rows begin with a chunk; exact rows before that are listed, which changes nothing in the order of the rows.
     fn of(job: &AttendJob) -> Self {
-        let geometry = &job.geometry;
+        let geometry = job.geometry;
         let row_bytes = geometry.row_bytes();
         let horizon = job.exact_from.next_multiple_of(CHUNK_TOKENS);
         let before = job.exact_from..horizon.min(job.exact_to.max(job.exact_from));
@@ -207,7 +207,7 @@ pub(super) fn attend(
     output: &mut [f32],
     lse: &mut [f32],
 ) -> Result<(), CudaError> {
-    let geometry = &job.geometry;
+    let geometry = job.geometry;
     let (lanes, group, dim) = (geometry.heads.lanes(), geometry.heads.group(), geometry.head_dim);
     assert!(job.query.len() == lanes * group * dim && output.len() == job.query.len() && lse.len() == lanes * group, "query and result");
     assert_eq!(job.listed.len(), lanes * job.listed_per_lane, "listed rows");

@@ -26,7 +26,7 @@ impl Device for Reference {
         for (lane, coder) in job.coder.lanes.iter().enumerate() {
             let mut codes = Vec::new();
             for token in 0..CHUNK_TOKENS {
-                let (key, _) = attend::read_row(&job.geometry, job.page, lane, token);
+                let (key, _) = attend::read_row(job.geometry, job.page, lane, token);
                 for (kept, &channel) in coder.channels.iter().enumerate() {
                     codes.push(quantise(key[usize::from(channel)] as f32, coder.low[kept], coder.step[kept], widths[kept]));
                 }
@@ -61,7 +61,7 @@ impl Device for Reference {
     }
 
     fn attend(&mut self, job: &AttendJob, output: &mut [f32], lse: &mut [f32]) {
-        let geometry = &job.geometry;
+        let geometry = job.geometry;
         for head in 0..geometry.heads.query_heads() {
             let lane = head / geometry.heads.group();
             let query = &job.query[head * geometry.head_dim..(head + 1) * geometry.head_dim];
@@ -75,7 +75,7 @@ impl Device for Reference {
     }
 
     fn attend_many(&mut self, job: &ManyJob, output: &mut [f32], lse: &mut [f32]) {
-        let geometry = &job.geometry;
+        let geometry = job.geometry;
         let (heads, dim) = (geometry.heads.query_heads(), geometry.head_dim);
         let queries = job.queries.len() / (heads * dim);
         for lane in 0..geometry.heads.lanes() {
@@ -109,7 +109,7 @@ impl Device for Reference {
     }
 
     fn mass_kept(&mut self, job: &AttendJob) -> Vec<f32> {
-        let geometry = &job.geometry;
+        let geometry = job.geometry;
         let kept = (0..geometry.heads.query_heads()).map(|head| {
             let lane = head / geometry.heads.group();
             let query = &job.query[head * geometry.head_dim..(head + 1) * geometry.head_dim];

@@ -93,6 +93,16 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_e4m3(self, from: *const u8) -> [__m256; 2] {
+        proven!({
+            // The sign is extended, so that a shift leaves it on top of the magnitude and once below, where it is cut away.
+            let shifted = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast())));
+            let halves = _mm256_and_si256(shifted, _mm256_set1_epi16(0xBF80_u16 as i16));
+            [_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(halves))]
+        })
+    }
+
+    #[inline(always)]
     fn to_f16(self, value: [__m256; 2]) -> [u16; 16] {
         let mut halves = [0u16; 16];
         let to = halves.as_mut_ptr();

@@ -83,6 +83,15 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn load_e4m3(self, from: *const u8) -> __m512 {
+        proven!({
+            // The sign is extended, so that a shift leaves it on top of the magnitude and once below, where it is cut away.
+            let shifted = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast())));
+            _mm512_cvtph_ps(_mm256_and_si256(shifted, _mm256_set1_epi16(0xBF80_u16 as i16)))
+        })
+    }
+
+    #[inline(always)]
     fn to_f16(self, value: __m512) -> [u16; 16] {
         let mut halves = [0; 16];
         proven!(_mm256_storeu_si256(halves.as_mut_ptr().cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(value)));

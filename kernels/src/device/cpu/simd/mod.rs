@@ -49,6 +49,12 @@ pub(super) trait Simd: Copy {
     /// # Safety
     /// 16 bfloat16 are readable at `from`.
     unsafe fn load_bf16(self, from: *const u8) -> Self::Floats;
+    /// The numbers of e4m3 codes, 256 times too small: what binary16 makes of the same sign, exponent and mantissa. Codes that are no number
+    /// read as some number.
+    ///
+    /// # Safety
+    /// 16 codes are readable at `from`.
+    unsafe fn load_e4m3(self, from: *const u8) -> Self::Floats;
     /// Rounded to nearest even, as `half::f16::from_f32`.
     fn to_f16(self, value: Self::Floats) -> [u16; 16];
     /// `a + b`

@@ -69,6 +69,13 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_e4m3(self, from: *const u8) -> [f32; 16] {
+        // SAFETY: the caller's promise.
+        let codes = unsafe { from.cast::<[u8; 16]>().read_unaligned() };
+        codes.map(|code| f16::from_bits(u16::from(code & 0x80) << 8 | u16::from(code & 0x7F) << 7).to_f32())
+    }
+
+    #[inline(always)]
     fn to_f16(self, value: [f32; 16]) -> [u16; 16] {
         value.map(|x| f16::from_f32(x).to_bits())
     }

@@ -1,8 +1,11 @@
 //! Rows as bytes: packing them from f32, and looking for what is not a number.
 
+pub mod e4m3;
+
 use half::{bf16, f16};
 
 use crate::device::cpu::Level;
+use crate::scales::LaneScales;
 use crate::shape::RowType;
 
 /// How f32 keys and values become rows.
@@ -18,6 +21,8 @@ pub struct PackJob<'a> {
     pub head_dim: usize,
     /// Element type of the rows, to which elements are rounded to nearest even.
     pub row_type: RowType,
+    /// Scales of the lanes, where rows are scaled.
+    pub scales: &'a LaneScales,
 }
 
 impl PackJob<'_> {
@@ -39,18 +44,44 @@ pub fn pack_rows(job: &PackJob, rows: &mut [u8]) {
         let (lane, token) = (index / tokens, index % tokens);
         let from = token * token_elements + lane * job.head_dim;
         let (key, value) = row.split_at_mut(half_row);
-        pack_elements(level, job.row_type, &job.keys[from..from + job.head_dim], key);
-        pack_elements(level, job.row_type, &job.values[from..from + job.head_dim], value);
+        let scale = job.scales.of(lane);
+        pack_elements(level, job.row_type, &job.keys[from..from + job.head_dim], scale.key, key);
+        pack_elements(level, job.row_type, &job.values[from..from + job.head_dim], scale.value, value);
     }
 }
 
-fn pack_elements(level: Level, row_type: RowType, from: &[f32], to: &mut [u8]) {
+fn pack_elements(level: Level, row_type: RowType, from: &[f32], scale: f32, to: &mut [u8]) {
     match row_type {
         RowType::F32 => to.copy_from_slice(bytemuck::cast_slice(from)),
         RowType::F16 => crate::device::cpu::to_f16(level, from, to),
         RowType::Bf16 => {
             for (to, &from) in to.as_chunks_mut::<2>().0.iter_mut().zip(from) {
                 *to = bf16::from_f32(from).to_le_bytes();
+            }
+        }
+        RowType::Fp8 => crate::device::cpu::to_e4m3(level, from, scale, to),
+    }
+}
+
+/// The numbers of stored elements, each times `scale` where rows are scaled: exact but for that one multiplication, and the same on every
+/// device. `elements` is a whole number of them.
+pub fn read_elements(row_type: RowType, elements: &[u8], scale: f32, to: &mut [f32]) {
+    assert_eq!(elements.len(), to.len() * row_type.element_bytes(), "bytes of {} elements", to.len());
+    match row_type {
+        RowType::F32 => bytemuck::cast_slice_mut(to).copy_from_slice(elements),
+        RowType::F16 => {
+            for (to, &from) in to.iter_mut().zip(elements.as_chunks::<2>().0) {
+                *to = f16::from_le_bytes(from).to_f32();
+            }
+        }
+        RowType::Bf16 => {
+            for (to, &from) in to.iter_mut().zip(elements.as_chunks::<2>().0) {
+                *to = bf16::from_le_bytes(from).to_f32();
+            }
+        }
+        RowType::Fp8 => {
+            for (to, &from) in to.iter_mut().zip(elements) {
+                *to = e4m3::value_of(from, scale);
             }
         }
     }
@@ -63,10 +94,11 @@ pub fn first_non_finite(rows: &[u8], row_type: RowType) -> Option<usize> {
         RowType::F32 => first_with_exponent::<4>(rows, u32::from_le_bytes, 0x7F80_0000),
         RowType::F16 => first_with_exponent::<2>(rows, |bytes| u32::from(u16::from_le_bytes(bytes)), u32::from(f16::INFINITY.to_bits())),
         RowType::Bf16 => first_with_exponent::<2>(rows, |bytes| u32::from(u16::from_le_bytes(bytes)), u32::from(bf16::INFINITY.to_bits())),
+        RowType::Fp8 => first_with_exponent::<1>(rows, |[code]| u32::from(code), u32::from(e4m3::NAN)),
     }
 }
 
-/// The first element whose exponent bits are all set.
+/// The first element whose bits of `exponent` are all set.
 fn first_with_exponent<const N: usize>(rows: &[u8], bits: impl Fn([u8; N]) -> u32, exponent: u32) -> Option<usize> {
     const PIECE: usize = 1024;
     let elements = rows.as_chunks::<N>().0;
