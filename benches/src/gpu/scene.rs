@@ -97,7 +97,7 @@ impl Scene<'_> {
         let layer = |(plane, coder)| BatchLayer { coder, host: HostPart::whole(plane, page_bytes) };
         let layers: Vec<BatchLayer<'_>> = coders.iter().take(seat.layers).enumerate().map(layer).collect();
         let shape = BatchShape {
-            geometry: seat.geometry,
+            geometry: seat.geometry.clone(),
             plan: seat.plan.clone(),
             slots: 1,
             max_tokens: seat.max_tokens,
