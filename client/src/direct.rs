@@ -11,6 +11,7 @@ use sluice_kernels::decoder::{Attend, StepError, StepReport as Costs, StepReques
 use sluice_kernels::device::DeviceKind;
 use sluice_kernels::label::Calibration;
 use sluice_kernels::layout::ClassLayout;
+use sluice_kernels::rows::first_non_finite_value;
 use sluice_kernels::sequence::{Sequence, SequenceError, SequenceFiles};
 use sluice_kernels::shape::ModelShape;
 use sluice_kernels::shared::LAYOUT_VERSION;
@@ -133,7 +134,7 @@ impl DirectWay {
         out: &mut StepOut<'_>,
     ) -> Result<(), ClientError> {
         self.sync(core)?;
-        if let Some(index) = step.queries.iter().position(|value| !value.is_finite()) {
+        if let Some(index) = first_non_finite_value(step.queries) {
             return Err(StepError::NotFinite { index }.into());
         }
         if let (Some(rows), Some(run)) = (step.rows, core.run.as_ref()) {

@@ -13,6 +13,7 @@ use sluice_kernels::shared::folder::{create_allocated, open_read_only, open_writ
 use sluice_kernels::shared::open::{OpenFile, OpenLayout};
 use sluice_kernels::slot::SlotClass;
 
+use super::Token;
 use crate::context::LongContext;
 use crate::floors::ArenaView;
 use crate::workload::Workload;
@@ -59,22 +60,25 @@ impl Holder {
         Ok(Self { sequence, decoder })
     }
 
-    /// Stores the row of one token in one layer and attends its query.
-    pub(super) fn layer(&mut self, input: &super::LayerInput, token: u32, position: usize, output: &mut [f32]) -> Result<()> {
+    /// Stores the rows of a new token and attends its queries, or only asks again for one that is there, layer by layer.
+    pub(super) fn step(&mut self, token: &Token<'_>, outputs: &mut [Vec<f32>]) -> Result<()> {
         let Self { sequence, decoder } = self;
-        let layer = input.layer;
-        if layer == 0 {
-            sequence.refresh()?;
+        let position = token.position;
+        sequence.refresh()?;
+        for (input, output) in token.inputs.iter().zip(outputs) {
+            let layer = input.layer;
+            if let Some(id) = token.new {
+                sequence.append(layer, position, &input.rows).context("append")?;
+                if layer == 0 {
+                    sequence.write_tokens(position, &[id])?;
+                }
+            }
+            let mut lse = vec![0.0; output.len() / sequence.part(layer).geometry.head_dim];
+            let queries = &input.query;
+            let mut request = StepRequest { sequence, first_position: position, queries, attend: Attend::Sparse, output, lse: &mut lse };
+            decoder.step_one(layer, &mut request).context("step")?;
+            sequence.commit();
         }
-        sequence.append(layer, position, &input.rows).context("append")?;
-        if layer == 0 {
-            sequence.write_tokens(position, &[token])?;
-        }
-        let mut lse = vec![0.0; output.len() / sequence.part(layer).geometry.head_dim];
-        let queries = &input.query;
-        let mut request = StepRequest { sequence, first_position: position, queries, attend: Attend::Sparse, output, lse: &mut lse };
-        decoder.step_one(layer, &mut request).context("step")?;
-        self.sequence.commit();
         Ok(())
     }
 }

@@ -2,13 +2,16 @@
 //!
 //! Three ways to perform the same step: a session that is directly attached to a daemon; the kernels alone over the same segments, in this
 //! process, without daemon and client library; and a session over gRPC, for which the daemon's decoder works. The three take turns, step
-//! by step, and their answers must be equal to the bit.
+//! by step, each as often before as behind each other one, and their answers must be equal to the bit. Right before its step each way asks
+//! for the previous token again, untimed: what is compared are steps that follow one another, with compute threads that are awake.
 
 mod holder;
 
-use std::time::{Duration, Instant};
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::{Value, json};
 use sluice_client::{Attach, AttendMode, Session, Step, StepOut};
 use sluice_kernels::slot::CHUNK_TOKENS;
@@ -34,9 +37,10 @@ pub struct AttachOptions {
     /// Steps of each way.
     #[arg(long, default_value_t = 200)]
     pub steps: usize,
-    /// Frame every directly attached step by two `getppid` calls, so that `strace -f` shows what it asks of the operating system.
+    /// Write when every directly attached step began and ended, in seconds since the epoch, a line a step: `strace -f -ttt` then shows what
+    /// it asks of the operating system.
     #[arg(long)]
-    pub mark_steps: bool,
+    pub step_times: Option<PathBuf>,
 }
 
 /// Row and query of one token in one layer.
@@ -46,9 +50,19 @@ struct LayerInput {
     query: Vec<f32>,
 }
 
+/// One token of a step.
+struct Token<'a> {
+    /// Its id while its rows are new; `None`: the rows are there and only asked for.
+    new: Option<u32>,
+    position: usize,
+    inputs: &'a [LayerInput],
+}
+
 /// The three ways, in the order of the samples.
 const WAYS: [&str; 3] = ["direct", "in process", "stream"];
-/// Between two steps, so that threads that still spin for the one do not slow the other down.
+/// Each way as often first, second and third, and as often behind each of the others: what one leaves in the caches serves the next.
+const ORDERS: [[usize; 3]; 6] = [[0, 1, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0], [0, 2, 1], [1, 0, 2]];
+/// Between two ways, so that threads that still spin for the one do not slow the other down.
 const PAUSE: Duration = Duration::from_millis(1);
 /// Steps that are not counted.
 const WARM_UP: usize = 4;
@@ -101,28 +115,42 @@ fn measure(options: &AttachOptions, context: &LongContext, daemon: &LocalDaemon,
     touch(context, &mut stream)?;
     view.populate(options.workload.threads());
     let mut samples = Samples::new();
+    let mut times = String::new();
+    let mut previous = inputs_of(context, context.ids.len() - 1);
     for index in 0..options.steps + WARM_UP {
         show_progress("steps", index, options.steps + WARM_UP);
         let position = context.ids.len() + index;
-        let token = context.generator.token_ids(position..position + 1)[0];
-        let inputs: Vec<LayerInput> = (0..context.layers()).map(|layer| layer_input(context, layer, position)).collect();
+        let inputs = inputs_of(context, position);
+        let again = Token { new: None, position: position - 1, inputs: &previous };
+        let token = Token { new: Some(context.generator.token_ids(position..position + 1)[0]), position, inputs: &inputs };
         let mut sample = [0.0; 3];
         let mut answers: [Vec<Vec<f32>>; 3] = std::array::from_fn(|_| inputs.iter().map(|input| vec![0.0; input.query.len()]).collect());
-        for turn in 0..3 {
-            let way = (index + turn) % 3;
+        for way in ORDERS[index % ORDERS.len()] {
             std::thread::sleep(PAUSE);
-            let mark = way == 0 && options.mark_steps;
             let answers = &mut answers[way];
-            sample[way] = timed(mark, || match way {
-                0 => session_step(&mut direct, &inputs, token, position, answers),
-                1 => inputs.iter().zip(answers).try_for_each(|(input, output)| holder.layer(input, token, position, output)),
-                _ => session_step(&mut stream, &inputs, token, position, answers),
-            })?;
+            let mut step = |token: &Token<'_>| match way {
+                0 => session_step(&mut direct, token, answers),
+                1 => holder.step(token, answers),
+                _ => session_step(&mut stream, token, answers),
+            };
+            step(&again)?;
+            let (began, begin) = (SystemTime::now(), Instant::now());
+            step(&token)?;
+            let took = begin.elapsed();
+            sample[way] = took.as_secs_f64() * 1e3;
+            if way == 0 {
+                let began = began.duration_since(UNIX_EPOCH)?;
+                writeln!(times, "{:.6} {:.6}", began.as_secs_f64(), (began + took).as_secs_f64())?;
+            }
         }
         ensure!(answers[0] == answers[1] && answers[0] == answers[2], "step {index}: the three ways answer differently");
         if index >= WARM_UP {
             samples.push(sample);
         }
+        previous = inputs;
+    }
+    if let Some(path) = &options.step_times {
+        std::fs::write(path, times).with_context(|| format!("--step-times: {}", path.display()))?;
     }
     for session in [filled, direct, stream] {
         session.close()?;
@@ -130,10 +158,13 @@ fn measure(options: &AttachOptions, context: &LongContext, daemon: &LocalDaemon,
     Ok(samples)
 }
 
-fn layer_input(context: &LongContext, layer: usize, position: usize) -> LayerInput {
-    let mut rows = vec![0; context.generator.rows_bytes(layer, 1)];
-    context.generator.fill_rows(layer, position..position + 1, &mut rows);
-    LayerInput { layer, rows, query: context.generator.query(layer, position, 0) }
+fn inputs_of(context: &LongContext, position: usize) -> Vec<LayerInput> {
+    let input = |layer| {
+        let mut rows = vec![0; context.generator.rows_bytes(layer, 1)];
+        context.generator.fill_rows(layer, position..position + 1, &mut rows);
+        LayerInput { layer, rows, query: context.generator.query(layer, position, 0) }
+    };
+    (0..context.layers()).map(input).collect()
 }
 
 /// Reads every row once, so that no step takes the first page fault of a mapping.
@@ -148,27 +179,14 @@ fn touch(context: &LongContext, session: &mut Session) -> Result<()> {
     Ok(())
 }
 
-fn timed(mark: bool, step: impl FnOnce() -> Result<()>) -> Result<f64> {
-    let marked = || {
-        if mark {
-            // Only its trace matters.
-            let _ = rustix::process::getppid();
-        }
-    };
-    marked();
-    let begin = Instant::now();
-    let done = step();
-    let ms = begin.elapsed().as_secs_f64() * 1e3;
-    marked();
-    done.map(|()| ms)
-}
-
-fn session_step(session: &mut Session, inputs: &[LayerInput], token: u32, position: usize, answers: &mut [Vec<f32>]) -> Result<()> {
-    session.begin(&[token])?;
-    for (input, output) in inputs.iter().zip(answers) {
+fn session_step(session: &mut Session, token: &Token<'_>, answers: &mut [Vec<f32>]) -> Result<()> {
+    if let Some(id) = token.new {
+        session.begin(&[id])?;
+    }
+    for (input, output) in token.inputs.iter().zip(answers) {
         let mut lse = vec![0.0; usize::from(session.shape().layers[input.layer].query_heads)];
-        let (layer, queries, rows) = (input.layer, input.query.as_slice(), Some(input.rows.as_slice()));
-        let step = Step { layer, first_position: position, queries, rows, attend: AttendMode::Sparse };
+        let (layer, queries, rows) = (input.layer, input.query.as_slice(), token.new.map(|_| input.rows.as_slice()));
+        let step = Step { layer, first_position: token.position, queries, rows, attend: AttendMode::Sparse };
         session.step(&step, StepOut { output, log_sum_exp: &mut lse, report: None })?;
     }
     Ok(())

@@ -1,7 +1,7 @@
 //! One step of one sequence: everything is checked before anything is stored.
 
 use sluice_kernels::decoder::{Attend, Decoder, StepRequest};
-use sluice_kernels::rows::first_non_finite;
+use sluice_kernels::rows::{first_non_finite, first_non_finite_value};
 use sluice_kernels::sequence::Sequence;
 use sluice_kernels::slot::CHUNK_TOKENS;
 
@@ -157,7 +157,7 @@ fn check_queries(sequence: &Sequence, step: &StepWork, count: usize) -> Result<V
     }
     let queries: Vec<f32> =
         step.queries.chunks_exact(4).map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])).collect();
-    match queries.iter().position(|value| !value.is_finite()) {
+    match first_non_finite_value(&queries) {
         Some(index) => Err(DecodeError::invalid("queries", format!("value {index} is not finite"), "finite values")),
         None => Ok(queries),
     }

@@ -11,6 +11,7 @@ use thiserror::Error;
 
 use crate::device::{AttendJob, Device, HotRows, ManyJob, SelectJob, StepJob, StepResult};
 use crate::hot::{HotFetch, HotPool};
+use crate::rows::first_non_finite_value;
 use crate::sequence::{LayerPart, Sequence, SequenceError};
 use crate::shape::LaneKind;
 use crate::slot::CHUNK_TOKENS;
@@ -422,7 +423,7 @@ fn check(layer: usize, request: &StepRequest<'_>) -> Result<LayerPart, StepError
     length("queries", request.queries.len(), count.max(1) * unit)?;
     length("output", request.output.len(), count * unit)?;
     length("log_sum_exp", request.lse.len(), count * heads)?;
-    if let Some(index) = request.queries.iter().position(|value| !value.is_finite()) {
+    if let Some(index) = first_non_finite_value(request.queries) {
         return Err(StepError::NotFinite { index });
     }
     let (end, written) = (request.first_position + count, request.sequence.written(layer));

@@ -98,6 +98,12 @@ pub fn first_non_finite(rows: &[u8], row_type: RowType) -> Option<usize> {
     }
 }
 
+/// As [`first_non_finite`], of f32 values.
+#[must_use]
+pub fn first_non_finite_value(values: &[f32]) -> Option<usize> {
+    first_with_exponent::<4>(bytemuck::cast_slice(values), u32::from_ne_bytes, 0x7F80_0000)
+}
+
 /// The first element whose bits of `exponent` are all set.
 fn first_with_exponent<const N: usize>(rows: &[u8], bits: impl Fn([u8; N]) -> u32, exponent: u32) -> Option<usize> {
     const PIECE: usize = 1024;

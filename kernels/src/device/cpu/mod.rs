@@ -2,15 +2,18 @@
 
 mod attend;
 mod convert;
+
 mod element;
 mod label;
 mod many;
 mod parts;
+mod placement;
 pub mod pool;
 mod product;
 mod score;
 mod select;
 mod simd;
+mod wait;
 
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,17 +1,25 @@
 //! A small pool of threads that spin for a while before they sleep (docs/decisions/0002-spin-pool.md).
 //!
-//! While calls follow one another within the spin time, handing work over is a few atomic operations and no system call.
+//! While calls follow one another within the spin time, handing work over is a few atomic operations and no system call. A thread that loses
+//! its core does not count that time as spinning.
 
 use std::cell::UnsafeCell;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use super::placement::{leave_core, own_core};
+use super::wait::SpinTime;
 
 /// How long a thread without work spins before it sleeps.
 pub const DEFAULT_SPIN: Duration = Duration::from_micros(200);
+
+/// How long the caller, its own work done, spins for workers that have joined. A task takes a millisecond at most at 256K tokens, so a worker
+/// that needs longer has lost its core; asleep, the caller lets it have the one that it runs on itself.
+const CALLER_SPIN: Duration = Duration::from_millis(2);
 
 /// Compute threads: the caller of [`SpinPool::run`] and the workers.
 pub struct SpinPool {
@@ -31,6 +39,11 @@ struct Shared {
     state: AtomicU64,
     body: UnsafeCell<Option<*const Body<'static>>>,
     asleep: Vec<AtomicBool>,
+    /// The core that the caller ran on when it last woke somebody.
+    caller_core: AtomicUsize,
+    /// The caller sleeps until nobody is in the run.
+    caller_asleep: AtomicBool,
+    left: (Mutex<()>, Condvar),
     panicked: AtomicBool,
     stop: AtomicBool,
     spin: Duration,
@@ -52,6 +65,9 @@ impl SpinPool {
             state: AtomicU64::new(0),
             body: UnsafeCell::new(None),
             asleep: (1..threads).map(|_| AtomicBool::new(false)).collect(),
+            caller_core: AtomicUsize::new(0),
+            caller_asleep: AtomicBool::new(false),
+            left: (Mutex::new(()), Condvar::new()),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             spin,
@@ -86,6 +102,7 @@ impl SpinPool {
         self.shared.state.store(run | OPEN, Ordering::SeqCst);
         for (asleep, handle) in self.shared.asleep.iter().zip(&self.handles) {
             if asleep.load(Ordering::SeqCst) {
+                self.shared.caller_core.store(own_core(), Ordering::SeqCst);
                 handle.unpark();
             }
         }
@@ -113,15 +130,38 @@ impl SpinPool {
     }
 
     fn wait_for_workers(&self) {
-        let mut turns = 0u32;
-        while self.shared.state.load(Ordering::Acquire) & JOINED != 0 {
-            turns = turns.saturating_add(1);
-            if turns < 1 << 16 {
-                std::hint::spin_loop();
-            } else {
-                // Somebody else has the worker's core.
-                std::thread::yield_now();
+        let mut time = SpinTime::begin();
+        while self.shared.is_joined() {
+            if time.turn(CALLER_SPIN) {
+                return self.shared.sleep_until_left();
             }
+        }
+    }
+}
+
+impl Shared {
+    fn is_joined(&self) -> bool {
+        self.state.load(Ordering::SeqCst) & JOINED != 0
+    }
+
+    fn sleep_until_left(&self) {
+        let (mutex, left) = &self.left;
+        let mut guard = mutex.lock().unwrap_or_else(PoisonError::into_inner);
+        // Either the load below sees that the last worker has left, or that worker sees the flag and, once the mutex is free, wakes this thread.
+        self.caller_asleep.store(true, Ordering::SeqCst);
+        while self.is_joined() {
+            guard = left.wait(guard).unwrap_or_else(PoisonError::into_inner);
+        }
+        self.caller_asleep.store(false, Ordering::SeqCst);
+    }
+
+    /// A worker leaves the run.
+    fn leave(&self) {
+        self.state.fetch_sub(1, Ordering::SeqCst);
+        if self.caller_asleep.load(Ordering::SeqCst) {
+            let (mutex, left) = &self.left;
+            let _guard = mutex.lock().unwrap_or_else(PoisonError::into_inner);
+            left.notify_one();
         }
     }
 }
@@ -153,8 +193,7 @@ fn join(shared: &Shared, seen: &mut u64) -> bool {
 
 fn work(shared: &Shared, thread: usize) {
     let mut seen = 0;
-    let mut idle_since = Instant::now();
-    let mut turns = 0u32;
+    let mut idle = SpinTime::begin();
     while !shared.stop.load(Ordering::Relaxed) {
         if join(shared, &mut seen) {
             // SAFETY: this thread has joined the run, so the body was written before and outlives the run.
@@ -163,17 +202,12 @@ fn work(shared: &Shared, thread: usize) {
             if catch_unwind(|| body.iter().for_each(|body| body(thread))).is_err() {
                 shared.panicked.store(true, Ordering::Relaxed);
             }
-            shared.state.fetch_sub(1, Ordering::AcqRel);
-            idle_since = Instant::now();
-            continue;
+            shared.leave();
+            idle = SpinTime::begin();
+        } else if idle.turn(shared.spin) {
+            sleep(shared, thread, seen);
+            idle = SpinTime::begin();
         }
-        turns = turns.wrapping_add(1);
-        if !turns.is_multiple_of(64) || idle_since.elapsed() < shared.spin {
-            std::hint::spin_loop();
-            continue;
-        }
-        sleep(shared, thread, seen);
-        idle_since = Instant::now();
     }
 }
 
@@ -185,6 +219,88 @@ fn sleep(shared: &Shared, thread: usize, seen: u64) {
     let unseen = state & OPEN != 0 && state & !(RUN - 1) != seen;
     if !unseen && !shared.stop.load(Ordering::SeqCst) {
         std::thread::park();
+        // The operating system puts a woken thread on the core of the one that wakes it when the others look busy at that moment. There it
+        // would take the core from the caller, spin until it sleeps, and be woken the same way at the next run.
+        let core = shared.caller_core.load(Ordering::SeqCst);
+        if own_core() == core {
+            leave_core(core);
+        }
     }
     asleep.store(false, Ordering::SeqCst);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_is_done_once() {
+        for threads in 1..=3 {
+            let mut pool = SpinPool::start(threads, DEFAULT_SPIN).expect("threads");
+            let done: Vec<AtomicUsize> = (0..100).map(|_| AtomicUsize::new(0)).collect();
+            for round in 1..=50 {
+                pool.tasks(done.len(), |_, task| {
+                    done[task].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(done.iter().all(|count| count.load(Ordering::Relaxed) == round), "{threads} threads, round {round}");
+            }
+        }
+    }
+
+    /// Waits for `flag` without a core of its own.
+    fn wait_for(flag: &AtomicBool) {
+        while !flag.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn workers_that_sleep_are_woken() {
+        let mut pool = SpinPool::start(2, Duration::ZERO).expect("threads");
+        for _ in 0..20 {
+            while !pool.shared.asleep[0].load(Ordering::SeqCst) {
+                std::thread::yield_now();
+            }
+            let came = AtomicBool::new(false);
+            // The caller leaves only once the worker has come.
+            pool.run(&|thread| if thread == 0 { wait_for(&came) } else { came.store(true, Ordering::SeqCst) });
+        }
+    }
+
+    #[test]
+    fn a_caller_waits_asleep_for_a_worker_that_has_no_core() {
+        let mut pool = SpinPool::start(2, DEFAULT_SPIN).expect("threads");
+        let shared = Arc::clone(&pool.shared);
+        for _ in 0..3 {
+            let (came, left) = (AtomicBool::new(false), AtomicBool::new(false));
+            pool.run(&|thread| {
+                if thread == 0 {
+                    return wait_for(&came);
+                }
+                came.store(true, Ordering::SeqCst);
+                // As if this thread's core were taken until the caller sleeps.
+                wait_for(&shared.caller_asleep);
+                left.store(true, Ordering::SeqCst);
+            });
+            assert!(left.load(Ordering::SeqCst), "the caller returned while a worker was in its run");
+            assert!(!shared.caller_asleep.load(Ordering::SeqCst));
+        }
+    }
+
+    #[test]
+    fn a_panic_of_a_worker_reaches_the_caller() {
+        let mut pool = SpinPool::start(2, DEFAULT_SPIN).expect("threads");
+        let came = AtomicBool::new(false);
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            pool.run(&|thread| {
+                if thread == 0 {
+                    return wait_for(&came);
+                }
+                came.store(true, Ordering::SeqCst);
+                panic!("meant to be seen");
+            });
+        }));
+        assert!(outcome.is_err());
+        pool.tasks(4, |_, _| {});
+    }
 }
