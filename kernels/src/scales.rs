@@ -3,10 +3,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use bytemuck::{Pod, Zeroable};
 use serde::{Deserialize, Serialize};
 
 /// The scales of one lane: an element of a key is its code's value times `key`, of a value its code's value times `value`.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, Pod, Zeroable)]
 #[serde(deny_unknown_fields)]
 pub struct RowScale {
     /// Of keys.

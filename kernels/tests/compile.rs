@@ -33,7 +33,7 @@ fn plans(head_dim: u16) -> Vec<LabelPlan> {
 /// Every pair of (row type, channels) for every target, with groups and plans in turn.
 fn specialisations() -> Vec<(Specialisation, Target)> {
     let mut all = Vec::new();
-    for (t, row_type) in [RowType::F32, RowType::F16, RowType::Bf16].into_iter().enumerate() {
+    for (t, row_type) in [RowType::F32, RowType::F16, RowType::Bf16, RowType::Fp8].into_iter().enumerate() {
         for (d, head_dim) in [64u16, 96, 128, 256].into_iter().enumerate() {
             let plans = plans(head_dim);
             for (turn, target) in TARGETS.into_iter().enumerate() {

@@ -94,7 +94,7 @@ impl Scene<'_> {
         let calibration = self.calibration(&seat.plan)?;
         let coders: Vec<LabelCoder> = calibration.layers.iter().map(|layer| LabelCoder::new(&seat.plan, layer)).collect();
         let page_bytes = seat.geometry.page_bytes() as u64;
-        let layer = |(plane, coder)| BatchLayer { coder, host: HostPart::whole(plane, page_bytes) };
+        let layer = |(plane, coder)| BatchLayer { coder, scales: self.shape.scales_of(plane), host: HostPart::whole(plane, page_bytes) };
         let layers: Vec<BatchLayer<'_>> = coders.iter().take(seat.layers).enumerate().map(layer).collect();
         let shape = BatchShape {
             geometry: seat.geometry.clone(),

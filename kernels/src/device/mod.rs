@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use crate::heads::HeadMap;
 use crate::label::LabelCoder;
-use crate::scales::LaneScales;
+use crate::scales::{LaneScales, RowScale};
 use crate::shape::{ModelShape, RowType};
 use crate::slot::CHUNK_TOKENS;
 
@@ -46,6 +46,17 @@ impl LayerGeometry {
             softmax_scale: layer_shape.softmax_scale,
             scales: shape.scales_of(layer),
         }
+    }
+
+    /// The same without scales: what layers have in common whose scales alone differ.
+    #[must_use]
+    pub fn unscaled(&self) -> Self {
+        Self { scales: LaneScales::default(), ..self.clone() }
+    }
+
+    /// The scales of every lane; ones where rows are not scaled.
+    pub(crate) fn lane_scales(&self) -> Vec<RowScale> {
+        (0..self.heads.lanes()).map(|lane| self.scales.of(lane)).collect()
     }
 
     /// Bytes of a row.

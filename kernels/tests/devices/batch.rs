@@ -82,7 +82,9 @@ impl Hosted {
     /// A batch of one slot over this host memory.
     fn batch(&self, gpu: &Gpu, compiler: &Compiler, shape: &BatchShape) -> Batch {
         let host = HostPart::whole(0, self.layer.geometry.page_bytes() as u64);
-        let mut batch = Batch::new(gpu, compiler, shape, &[BatchLayer { coder: &self.coder, host }]).expect("a batch");
+        let mut batch =
+            Batch::new(gpu, compiler, shape, &[BatchLayer { coder: &self.coder, scales: self.layer.geometry.scales.clone(), host }])
+                .expect("a batch");
         batch.set_host(&self.host).expect("planes");
         batch
     }
@@ -166,6 +168,10 @@ fn a_step_selects_and_attends_as_the_reference_does() {
         (Shape { lanes: 1, group: 8, dim: 256, tokens: 3000, row_type: RowType::F16 }, "32@4+64@2", 16),
         (Shape { lanes: 2, group: 7, dim: 128, tokens: 700, row_type: RowType::Bf16 }, "8@16+8@8+16@4+24@2", 4),
         (Shape { lanes: 2, group: 16, dim: 64, tokens: 2000, row_type: RowType::F32 }, "8@16+8@2", 8),
+        (Shape { lanes: 8, group: 4, dim: 128, tokens: 5000, row_type: RowType::Fp8 }, PLAN, 16),
+        (Shape { lanes: 3, group: 2, dim: 96, tokens: 1100, row_type: RowType::Fp8 }, "24@2", 4),
+        (Shape { lanes: 2, group: 16, dim: 64, tokens: 2000, row_type: RowType::Fp8 }, "8@16+8@2", 8),
+        (Shape { lanes: 1, group: 8, dim: 256, tokens: 3000, row_type: RowType::Fp8 }, "32@4+64@2", 16),
         (Shape { lanes: 1, group: 4, dim: 64, tokens: 40_000, row_type: RowType::F16 }, "8@4+16@2", 64),
     ];
     for (seed, (shape, plan, denominator)) in cases.into_iter().enumerate() {
@@ -218,13 +224,18 @@ fn a_step_selects_and_attends_as_the_reference_does() {
 #[test]
 fn what_is_hot_never_changes_a_bit() {
     let Some((gpu, compiler)) = gpu() else { return };
-    let shape = Shape { lanes: 8, group: 4, dim: 128, tokens: 6000, row_type: RowType::F16 };
-    let mut hosted = hosted(&gpu, shape, PLAN, 7);
+    for row_type in [RowType::F16, RowType::Fp8] {
+        nothing_hot_changes_a_bit(&gpu, &compiler, Shape { lanes: 8, group: 4, dim: 128, tokens: 6000, row_type });
+    }
+}
+
+fn nothing_hot_changes_a_bit(gpu: &Gpu, compiler: &Compiler, shape: Shape) {
+    let mut hosted = hosted(gpu, shape, PLAN, 7);
     let settings = settings(8);
     let count = settings.selected_tokens(6000);
     let kept = [Kept::Everything, Kept::Pool(count), Kept::Pool(2 * count), Kept::Pool(5000)];
     let mut batches: Vec<Batch> =
-        kept.iter().map(|&kept| hosted.seated(&gpu, &compiler, &hosted.shape(kept, count), 5100, &settings)).collect();
+        kept.iter().map(|&kept| hosted.seated(gpu, compiler, &hosted.shape(kept, count), 5100, &settings)).collect();
     let graphs: Vec<_> = batches.iter().map(|batch| batch.capture(|| batch.enqueue_layer(0)).expect("a graph")).collect();
     let mut rng = StdRng::seed_from_u64(3);
     let mut query = hosted.layer.queries(1);
@@ -275,13 +286,18 @@ fn what_is_hot_never_changes_a_bit() {
 #[test]
 fn the_newest_row_reaches_the_host_and_the_device() {
     let Some((gpu, compiler)) = gpu() else { return };
-    let shape = Shape { lanes: 2, group: 2, dim: 64, tokens: 1000, row_type: RowType::F16 };
-    let mut hosted = hosted(&gpu, shape, "8@4+16@2", 9);
+    for row_type in [RowType::F16, RowType::Fp8] {
+        the_newest_row_is_stored(&gpu, &compiler, Shape { lanes: 2, group: 2, dim: 64, tokens: 1000, row_type });
+    }
+}
+
+fn the_newest_row_is_stored(gpu: &Gpu, compiler: &Compiler, shape: Shape) {
+    let mut hosted = hosted(gpu, shape, "8@4+16@2", 9);
     let settings = settings(4);
     let count = settings.selected_tokens(1000);
     let query = hosted.layer.queries(1);
     let newest = hosted.newest(1000);
-    let mut whole = hosted.seated(&gpu, &compiler, &hosted.shape(Kept::Pool(count), count), 1000, &settings);
+    let mut whole = hosted.seated(gpu, compiler, &hosted.shape(Kept::Pool(count), count), 1000, &settings);
     let expected = step(&mut whole, &query, &newest);
     // The same sequence without its last row, which the step brings.
     let place = hosted.places[999 / 256];
@@ -290,7 +306,7 @@ fn the_newest_row_reaches_the_host_and_the_device() {
     let segment = Arc::clone(&hosted.segment);
     let plane = segment.layout().planes[0];
     segment.fill_page(&plane, place, |page| at.iter().for_each(|&at| page[at..at + row_bytes].fill(0xFF)));
-    let mut batch = hosted.seated(&gpu, &compiler, &hosted.shape(Kept::Pool(count), count), 999, &settings);
+    let mut batch = hosted.seated(gpu, compiler, &hosted.shape(Kept::Pool(count), count), 999, &settings);
     hosted.fetch_tail(&batch, 3..4);
     batch.set_length(0, 1000, &settings, Some(place)).expect("a length");
     assert!(step(&mut batch, &query, &newest) == expected, "the same result");

@@ -46,7 +46,7 @@ struct Case {
 
 fn cases() -> Vec<Case> {
     let shape = |lanes, group, dim, tokens, row_type| Shape { lanes, group, dim, tokens, row_type };
-    let (f32, f16, bf16) = (RowType::F32, RowType::F16, RowType::Bf16);
+    let [f32, f16, bf16, fp8] = ROW_TYPES;
     let mut cases = vec![
         // More segments than one, split and not.
         Case { shape: shape(2, 4, 64, 3 * SEGMENT_KEYS + 300, f16), queries: 3, window: None },
@@ -59,9 +59,11 @@ fn cases() -> Vec<Case> {
         Case { shape: shape(1, 4, 64, 400, f16), queries: 400, window: None },
         Case { shape: shape(2, 1, 128, 600, f16), queries: 600, window: Some(130) },
         Case { shape: shape(1, 1, 64, 1, f16), queries: 1, window: None },
+        Case { shape: shape(3, 4, 128, 2 * SEGMENT_KEYS + 70, fp8), queries: 4, window: None },
+        Case { shape: shape(2, 7, 96, 500, fp8), queries: 90, window: Some(200) },
     ];
     for (index, dim) in [64, 96, 128, 256].into_iter().enumerate() {
-        for (turn, row_type) in [f32, f16, bf16].into_iter().enumerate() {
+        for (turn, row_type) in ROW_TYPES.into_iter().enumerate() {
             let group = [1, 2, 4, 8, 3][(index + turn) % 5];
             let window = [None, Some(100), Some(1)][(index + 2 * turn) % 3];
             cases.push(Case { shape: shape(2, group, dim, 257 + 100 * turn + index, row_type), queries: 40, window });
@@ -97,7 +99,7 @@ fn many_queries_agree_with_the_reference() {
 #[test]
 fn no_cut_changes_a_bit() {
     let Some(mut device) = device() else { return };
-    for (row_type, dim, group) in [(RowType::F16, 128, 4), (RowType::Bf16, 64, 6), (RowType::F32, 64, 2)] {
+    for (row_type, dim, group) in [(RowType::F16, 128, 4), (RowType::Bf16, 64, 6), (RowType::F32, 64, 2), (RowType::Fp8, 96, 3)] {
         let tokens = 3 * SEGMENT_KEYS + 500;
         let mut layer = Layer::new(Shape { lanes: 3, group, dim, tokens, row_type }, 77);
         let query = layer.queries(30);
@@ -146,7 +148,8 @@ fn streamed(device: &mut Cuda, layer: &Layer, query: &[f32], window: Option<usiz
     let output = DeviceBuffer::<f32>::zeroed(stream.context(), query.len()).expect("output");
     let lse = DeviceBuffer::<f32>::zeroed(stream.context(), query.len() / layer.shape.dim).expect("lse");
     // SAFETY: all buffers live until they are read, which waits for the stream.
-    unsafe { streamed.attend(stream, queries, &layer.page_slices(), output.address(), lse.address()) }.expect("attention");
+    unsafe { streamed.attend(stream, queries, &layer.geometry.scales, &layer.page_slices(), output.address(), lse.address()) }
+        .expect("attention");
     fetch(stream, &output, &lse)
 }
 
@@ -160,7 +163,7 @@ fn resident(device: &mut Cuda, layer: &Layer, query: &[f32], window: Option<usiz
     let mut many = Many::new(modules, &layer.geometry).expect("kernels");
     let output = DeviceBuffer::<f32>::zeroed(stream.context(), query.len()).expect("output");
     let lse = DeviceBuffer::<f32>::zeroed(stream.context(), query.len() / layer.shape.dim).expect("lse");
-    many.begin(stream, queries).expect("begin");
+    many.begin(stream, queries, &layer.geometry.scales).expect("begin");
     many.never_split();
     let piece = Piece { pages: table.address(), keys: 0..layer.shape.tokens, lanes: 0..layer.shape.lanes };
     // SAFETY: all buffers live until the results are read, which waits for the stream.

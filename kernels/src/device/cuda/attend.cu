@@ -6,7 +6,7 @@
 //
 // Keys by queries and values by weights run on tensor cores, straight from registers: a thread loads 16 bytes of a row, and the order of
 // channels within a product is whatever those loads give. Queries and weights are split into two halves each (split_rows), which keeps
-// their 21 and more bits.
+// their 21 and more bits. Codes of e4m3 become halves between load and product; the scales of the lane multiply scores and output.
 #include "types.cuh"
 #include "mma.cuh"
 
@@ -74,28 +74,68 @@ __device__ __forceinline__ void set_queries(const StepJob& job, u32 slot, u32 la
             const float* query = reinterpret_cast<const float*>(job.query) + ((u64)(slot * job.lanes + lane) * GROUP + head) * HEAD_DIM;
             q = *reinterpret_cast<const float4*>(query + channel);
         }
+#if ROW_TYPE == ROW_FP8
+        // Codes of even channels are expanded together, and those of odd ones.
+        q = {q.x, q.z, q.y, q.w};
+#endif
         const Split first = split_rows(q.x * job.score_scale, q.y * job.score_scale), second = split_rows(q.z * job.score_scale, q.w * job.score_scale);
         out.b[tile][product][thread] = {first.high, second.high, first.low, second.low};
     }
     __syncthreads();
 }
 
+// Eight elements of a key.
+#if ROW_TYPE == ROW_FP8
+typedef uint2 KeyPart;
+__device__ __forceinline__ KeyPart load_key_part(const u8* from) { return load_8_once(from); }
+#else
+typedef uint4 KeyPart;
+__device__ __forceinline__ KeyPart load_key_part(const u8* from) { return load_16_once(from); }
+#endif
+
 struct Keys {
-    uint4 row[2][HEAD_DIM / 32];
+    KeyPart row[2][HEAD_DIM / 32];
 };
 
+// Words of 16-bit elements, or of e4m3 half as many.
+constexpr u32 LOADED_WORDS = VALUE_WORDS * ELEMENT_BYTES / 2;
+
 struct Values {
-    u32 row[4][VALUE_LOADS][VALUE_WORDS];
+    u32 row[4][VALUE_LOADS][LOADED_WORDS];
 };
+
+// Two registers of a left side: pairs of elements of a key, four elements at `half` of a part.
+struct KeyPairs {
+    u32 first, second;
+};
+
+__device__ __forceinline__ KeyPairs key_pairs(const KeyPart& part, u32 half) {
+#if ROW_TYPE == ROW_FP8
+    const u32 codes = half ? part.y : part.x;
+    return {expanded(codes << 8), expanded(codes)};
+#else
+    return {half ? part.z : part.x, half ? part.w : part.y};
+#endif
+}
+
+// The same channel of two rows: the lower or the upper one of pair `word` of a load.
+template <bool UPPER>
+__device__ __forceinline__ u32 value_pair(const u32 (&first)[LOADED_WORDS], const u32 (&second)[LOADED_WORDS], u32 word) {
+#if ROW_TYPE == ROW_FP8
+    return expanded(__byte_perm(first[word / 2], second[word / 2], (word % 2 ? 0x6020 : 0x4000) + (UPPER ? 0x1010 : 0)));
+#else
+    return __byte_perm(first[word], second[word], UPPER ? 0x7632 : 0x5410);
+#endif
+}
 
 __device__ __forceinline__ Keys load_keys(const List& list, u32 entry, u32 last) {
     const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     Keys keys;
 #pragma unroll
     for (u32 r = 0; r < 2; r++) {
-        const u8* row = row_of(list, min(entry + g + 8 * r, last)) + 16 * t;
+        const u8* row = row_of(list, min(entry + g + 8 * r, last)) + sizeof(KeyPart) * t;
 #pragma unroll
-        for (u32 i = 0; i < HEAD_DIM / 32; i++) keys.row[r][i] = load_16_once(row + 64 * i);
+        for (u32 i = 0; i < HEAD_DIM / 32; i++) keys.row[r][i] = load_key_part(row + 4 * sizeof(KeyPart) * i);
     }
     return keys;
 }
@@ -105,15 +145,17 @@ __device__ __forceinline__ Values load_values(const List& list, u32 entry, u32 l
     Values values;
 #pragma unroll
     for (u32 r = 0; r < 4; r++) {
-        const u8* row = row_of(list, min(entry + 2 * t + r % 2 + r / 2 * 8, last)) + HEAD_DIM * ELEMENT_BYTES + 4 * VALUE_WORDS * g;
+        const u8* row = row_of(list, min(entry + 2 * t + r % 2 + r / 2 * 8, last)) + HEAD_DIM * ELEMENT_BYTES + 4 * LOADED_WORDS * g;
 #pragma unroll
         for (u32 i = 0; i < VALUE_LOADS; i++) {
-            if constexpr (VALUE_WORDS == 4) {
+            if constexpr (LOADED_WORDS == 4) {
                 const uint4 words = load_16_once(row + 128 * i);
                 values.row[r][i][0] = words.x, values.row[r][i][1] = words.y, values.row[r][i][2] = words.z, values.row[r][i][3] = words.w;
-            } else {
+            } else if constexpr (LOADED_WORDS == 2) {
                 const uint2 words = *reinterpret_cast<const uint2*>(row + 64 * i);
                 values.row[r][i][0] = words.x, values.row[r][i][1] = words.y;
+            } else {
+                values.row[r][i][0] = *reinterpret_cast<const u32*>(row + 32 * i);
             }
         }
     }
@@ -132,18 +174,19 @@ __device__ __forceinline__ float column_max(float x) {
     return x;
 }
 
-__device__ __forceinline__ void attend_tile(const Keys& keys, const Values& values, const uint4 (&queries)[KEY_PRODUCTS][32], u32 valid, Running& running) {
+__device__ __forceinline__ void attend_tile(const Keys& keys, const Values& values, const uint4 (&queries)[KEY_PRODUCTS][32], float factor, u32 valid, Running& running) {
     const u32 thread = threadIdx.x % 32, g = thread / 4;
     float scores[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
     for (u32 product = 0; product < KEY_PRODUCTS; product++) {
-        const uint4 low = keys.row[0][product / 2], high = keys.row[1][product / 2];
+        const KeyPairs low = key_pairs(keys.row[0][product / 2], product % 2), high = key_pairs(keys.row[1][product / 2], product % 2);
         const uint4 b = queries[product][thread];
-        const u32 a0 = product % 2 ? low.z : low.x, a2 = product % 2 ? low.w : low.y;
-        const u32 a1 = product % 2 ? high.z : high.x, a3 = product % 2 ? high.w : high.y;
-        mma_rows(scores, a0, a1, a2, a3, b.x, b.y);
-        mma_rows(scores, a0, a1, a2, a3, b.z, b.w);
+        mma_rows(scores, low.first, high.first, low.second, high.second, b.x, b.y);
+        mma_rows(scores, low.first, high.first, low.second, high.second, b.z, b.w);
     }
+#if ROW_TYPE == ROW_FP8
+    scores[0] *= factor, scores[1] *= factor, scores[2] *= factor, scores[3] *= factor;
+#endif
     if (g >= valid) scores[0] = scores[1] = LOWEST;
     if (g + 8 >= valid) scores[2] = scores[3] = LOWEST;
     float keep[2];
@@ -164,10 +207,10 @@ __device__ __forceinline__ void attend_tile(const Keys& keys, const Values& valu
         for (u32 word = 0; word < VALUE_WORDS; word++) {
             float(&sums)[4] = running.values[load][word];
             sums[0] *= keep[0], sums[1] *= keep[1], sums[2] *= keep[0], sums[3] *= keep[1];
-            const u32 a0 = __byte_perm(values.row[0][load][word], values.row[1][load][word], 0x5410);
-            const u32 a1 = __byte_perm(values.row[0][load][word], values.row[1][load][word], 0x7632);
-            const u32 a2 = __byte_perm(values.row[2][load][word], values.row[3][load][word], 0x5410);
-            const u32 a3 = __byte_perm(values.row[2][load][word], values.row[3][load][word], 0x7632);
+            const u32 a0 = value_pair<false>(values.row[0][load], values.row[1][load], word);
+            const u32 a1 = value_pair<true>(values.row[0][load], values.row[1][load], word);
+            const u32 a2 = value_pair<false>(values.row[2][load], values.row[3][load], word);
+            const u32 a3 = value_pair<true>(values.row[2][load], values.row[3][load], word);
             mma_rows(sums, a0, a1, a2, a3, b[0], b[1]);
             mma_rows(sums, a0, a1, a2, a3, b[2], b[3]);
         }
@@ -235,6 +278,7 @@ __device__ __forceinline__ void attend_entries(const StepJob& job, const List& l
     Keys keys = load_keys(list, entry, end - 1);
     Values values = load_values(list, entry, end - 1);
     set_queries(job, slot, lane, queries);
+    const float factor = key_factor(job.scales, lane);
     Running running[COLUMN_TILES];
 #pragma unroll
     for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
@@ -243,7 +287,7 @@ __device__ __forceinline__ void attend_entries(const StepJob& job, const List& l
     }
     while (entry < end) {
 #pragma unroll
-        for (u32 tile = 0; tile < COLUMN_TILES; tile++) attend_tile(keys, values, queries.b[tile], end - entry, running[tile]);
+        for (u32 tile = 0; tile < COLUMN_TILES; tile++) attend_tile(keys, values, queries.b[tile], factor, end - entry, running[tile]);
         entry += WARPS * TILE;
         if (entry < end) {
             keys = load_keys(list, entry, end - 1);
@@ -360,6 +404,6 @@ extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge(const StepJob 
         value += team_values[other][threadIdx.x] * share;
     }
     const u64 query_head = (u64)(slot * job.lanes + lane) * GROUP + head;
-    reinterpret_cast<float*>(job.output)[query_head * HEAD_DIM + threadIdx.x] = blocks ? value / sum : 0.0f;
+    reinterpret_cast<float*>(job.output)[query_head * HEAD_DIM + threadIdx.x] = blocks ? value / sum * value_factor(job.scales, lane) : 0.0f;
     if (threadIdx.x == 0) reinterpret_cast<float*>(job.lse)[query_head] = blocks ? (largest + log2f(sum)) * 0.6931471805599453f : minus_infinity();
 }

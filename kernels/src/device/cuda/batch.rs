@@ -21,6 +21,7 @@ use super::step::{MAX_LANES, StepGrid, StepKernels};
 use crate::budget::Settings;
 use crate::device::LayerGeometry;
 use crate::label::{LabelCoder, LabelPlan};
+use crate::scales::LaneScales;
 use crate::slot::CHUNK_TOKENS;
 
 /// Host segments that a batch can name.
@@ -35,7 +36,7 @@ const WAVE_BLOCKS: usize = 4 * 132;
 /// What a batch has room for.
 #[derive(Clone, Debug, PartialEq)]
 pub struct BatchShape {
-    /// Shape of the rows of every layer.
+    /// Shape of the rows of every layer; scales are each layer's own.
     pub geometry: LayerGeometry,
     /// Labels.
     pub plan: LabelPlan,
@@ -58,6 +59,8 @@ pub struct BatchShape {
 pub struct BatchLayer<'a> {
     /// What its labels mean.
     pub coder: &'a LabelCoder,
+    /// Scales of its lanes, where rows are scaled.
+    pub scales: LaneScales,
     /// Where its rows lie on the host.
     pub host: HostPart,
 }
@@ -175,7 +178,7 @@ impl Batch {
             counters: DeviceBuffer::zeroed(context, all * shape.lanes())?,
             trace: DeviceBuffer::zeroed(context, all * shape.lanes() * shape.trace_rows.unwrap_or(0))?,
             workspace: Workspace::new(gpu, shape)?,
-            shape: shape.clone(),
+            shape: BatchShape { geometry: shape.geometry.unscaled(), ..shape.clone() },
             stream,
             kernels,
         };
@@ -199,6 +202,7 @@ impl Batch {
             new_rows: self.new_rows.address_of(lanes * shape.geometry.row_bytes()),
             page_bytes: shape.geometry.page_bytes() as u64,
             host_page_bytes: of_layer.host.page_bytes,
+            scales: of_layer.labeller.scales(),
             channels: of_layer.labeller.channels(),
             steps: of_layer.labeller.steps(),
             query: self.queries.address_of(heads * shape.geometry.head_dim),
@@ -308,7 +312,7 @@ impl Batch {
     /// # Errors
     /// A seat that is longer than the batch has room for, or a failed copy.
     pub fn sit(&mut self, slot: usize, seat: &Arc<Seat>) -> Result<(), CudaError> {
-        assert!(seat.shape().geometry == self.shape.geometry && seat.shape().plan == self.shape.plan, "seats of this shape");
+        assert!(seat.shape().geometry.unscaled() == self.shape.geometry && seat.shape().plan == self.shape.plan, "seats of this shape");
         assert_eq!(seat.shape().layers, self.layers.len(), "layers of the seat");
         bound("tokens of the seat", seat.shape().max_tokens, 0, self.shape.max_tokens)?;
         for (index, layer) in self.layers.iter().enumerate() {
@@ -599,10 +603,11 @@ impl Layer {
         shape: &BatchShape,
         layer: &BatchLayer<'_>,
     ) -> Result<Self, CudaError> {
+        let geometry = LayerGeometry { scales: layer.scales.clone(), ..shape.geometry.clone() };
         Ok(Self {
             places: DeviceBuffer::zeroed(&gpu.context, shape.slots)?,
             planes: DeviceBuffer::zeroed(&gpu.context, MAX_SEGMENTS)?,
-            labeller: Labeller::new(gpu, compiler, stream, &shape.geometry, layer.coder)?,
+            labeller: Labeller::new(gpu, compiler, stream, &geometry, layer.coder)?,
             host: layer.host.clone(),
         })
     }

@@ -12,13 +12,13 @@ constexpr u32 CHUNK_TOKENS = 256;
 #define ROW_F32 0
 #define ROW_F16 1
 #define ROW_BF16 2
-#if ROW_TYPE > ROW_BF16
-#error "rows of this type have no kernels for this device"
-#endif
+#define ROW_FP8 3
 
-// Elements of rows as they lie in memory: binary32, or the bits of binary16 or bfloat16.
+// Elements of rows as they lie in memory: binary32, or the bits of binary16, bfloat16 or e4m3.
 #if ROW_TYPE == ROW_F32
 typedef float element;
+#elif ROW_TYPE == ROW_FP8
+typedef u8 element;
 #else
 typedef u16 element;
 #endif
@@ -37,35 +37,73 @@ __device__ __forceinline__ float bf16_to_f32(u16 bits) {
     return __uint_as_float(static_cast<u32>(bits) << 16);
 }
 
-// One element as f32, exactly.
+// What tensor cores multiply rows by, and rows themselves there: binary16 for e4m3 as well.
+__device__ __forceinline__ float half_to_f32(u16 bits) {
+#if ROW_TYPE == ROW_BF16
+    return bf16_to_f32(bits);
+#else
+    return f16_to_f32(bits);
+#endif
+}
+
+// e4m3 codes in the upper bytes of two halves as binary16 of the same sign, exponent and mantissa: their numbers, CODE_FACTOR times too small.
+// The lower bytes may hold anything.
+__device__ __forceinline__ u32 expanded(u32 codes) {
+    return (codes & 0x80008000u) | (codes >> 1 & 0x3F803F80u);
+}
+constexpr float CODE_FACTOR = 256.0f;
+
+// What is multiplied with the elements of a lane, as in scales.rs.
+struct RowScale {
+    float key, value;
+};
+
+// What a lane's scores lack as a factor, and its outputs. `scales` is RowScale[lane].
+__device__ __forceinline__ float key_factor(u64 scales, u32 lane) {
+#if ROW_TYPE == ROW_FP8
+    return CODE_FACTOR * reinterpret_cast<const RowScale *>(scales)[lane].key;
+#else
+    return 1.0f;
+#endif
+}
+
+__device__ __forceinline__ float value_factor(u64 scales, u32 lane) {
+#if ROW_TYPE == ROW_FP8
+    return CODE_FACTOR * reinterpret_cast<const RowScale *>(scales)[lane].value;
+#else
+    return 1.0f;
+#endif
+}
+
+// One element as f32, exactly; of e4m3 the number of the code.
 __device__ __forceinline__ float to_f32(element x) {
 #if ROW_TYPE == ROW_F32
     return x;
-#elif ROW_TYPE == ROW_F16
-    return f16_to_f32(x);
+#elif ROW_TYPE == ROW_FP8
+    return f16_to_f32(static_cast<u16>(expanded(static_cast<u32>(x) << 8))) * CODE_FACTOR;
 #else
-    return bf16_to_f32(x);
+    return half_to_f32(x);
 #endif
 }
 
 #if ROW_TYPE != ROW_F32
-// Two elements in a word, `low` in its low half, rounded to nearest even.
+// Two halves in a word, `low` in its low one, rounded to nearest even.
 __device__ __forceinline__ u32 pack_pair(float low, float high) {
     u32 pair;
-#if ROW_TYPE == ROW_F16
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#else
+#if ROW_TYPE == ROW_BF16
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
 #endif
     return pair;
 }
 
 __device__ __forceinline__ float low_of_pair(u32 pair) {
-    return to_f32(static_cast<u16>(pair & 0xFFFF));
+    return half_to_f32(static_cast<u16>(pair & 0xFFFF));
 }
 
 __device__ __forceinline__ float high_of_pair(u32 pair) {
-    return to_f32(static_cast<u16>(pair >> 16));
+    return half_to_f32(static_cast<u16>(pair >> 16));
 }
 #endif
 
@@ -84,6 +122,13 @@ __device__ __forceinline__ float minus_infinity() {
 __device__ __forceinline__ uint4 load_16_once(const void *from) {
     uint4 x;
     asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(from));
+    return x;
+}
+
+// Eight bytes likewise.
+__device__ __forceinline__ uint2 load_8_once(const void *from) {
+    uint2 x;
+    asm("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(from));
     return x;
 }
 

@@ -105,6 +105,8 @@ pub struct StepJob {
     pub page_bytes: u64,
     /// Bytes from one page to the next on the host, where a page has other workers' lanes as well.
     pub host_page_bytes: u64,
+    /// [`crate::scales::RowScale`] by lane.
+    pub scales: u64,
     /// u16 `[lane][channels]`.
     pub channels: u64,
     /// f32 `[lane][channels]`.

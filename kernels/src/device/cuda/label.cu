@@ -10,6 +10,7 @@ struct LabelJob {
     u64 channels;    // u16[lane][CHANNELS]: channel of the key
     u64 low;         // float[lane][CHANNELS]: value of code 0
     u64 reciprocal;  // float[lane][CHANNELS]: 1 / step
+    u64 scales;      // RowScale[lane], of e4m3
     u32 lanes;
     u32 page_count;
 };
@@ -33,11 +34,15 @@ struct Lane {
     u16 channels[CHANNELS];
     float low[CHANNELS];
     float reciprocal[CHANNELS];
+    float scale;
 };
 
 // Each operation is rounded on its own, as on the CPU.
 __device__ __forceinline__ u32 quantise(const Lane &lane, const u8 *key, u32 kept, u32 bits) {
     float x = to_f32(*reinterpret_cast<const element *>(key + lane.channels[kept] * ELEMENT_BYTES));
+#if ROW_TYPE == ROW_FP8
+    x = __fmul_rn(x, lane.scale);
+#endif
     float offset = __fsub_rn(x, lane.low[kept]);
     float scaled = __fmul_rn(offset, lane.reciprocal[kept]);
     float shifted = floorf(__fadd_rn(scaled, 0.5f));
@@ -104,6 +109,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) label_pages(const LabelJob
         lane.low[kept] = reinterpret_cast<const float *>(job.low)[at];
         lane.reciprocal[kept] = reinterpret_cast<const float *>(job.reciprocal)[at];
     }
+#if ROW_TYPE == ROW_FP8
+    if (threadIdx.x == 0) lane.scale = reinterpret_cast<const RowScale *>(job.scales)[which].key;
+#endif
     u64 first_token = static_cast<u64>(which) * CHUNK_TOKENS + part * TOKENS;
     const u8 *rows = reinterpret_cast<const u8 *>(reinterpret_cast<const u64 *>(job.pages)[page]) + first_token * ROW_BYTES;
     for (u32 unit = threadIdx.x; unit < TOKENS * (KEY_BYTES / 16); unit += THREADS) {

@@ -12,6 +12,7 @@ use super::module::{Grid, Kernel, Module, Source, Specialisation};
 use super::open::Gpu;
 use crate::device::LayerGeometry;
 use crate::label::LabelCoder;
+use crate::scales::RowScale;
 
 /// Tokens and threads of a block of label.cu.
 const TOKENS: usize = 32;
@@ -26,6 +27,7 @@ pub(super) struct LabelLaunch {
     channels: u64,
     low: u64,
     reciprocal: u64,
+    scales: u64,
     lanes: u32,
     page_count: u32,
 }
@@ -39,6 +41,7 @@ pub struct Labeller {
     low: DeviceBuffer<f32>,
     reciprocal: DeviceBuffer<f32>,
     step: DeviceBuffer<f32>,
+    scales: DeviceBuffer<RowScale>,
 }
 
 impl Labeller {
@@ -74,6 +77,7 @@ impl Labeller {
             low: DeviceBuffer::from_slice(stream, &low)?,
             reciprocal: DeviceBuffer::from_slice(stream, &reciprocal)?,
             step: DeviceBuffer::from_slice(stream, &step)?,
+            scales: DeviceBuffer::from_slice(stream, &geometry.lane_scales())?,
         })
     }
 
@@ -87,6 +91,12 @@ impl Labeller {
     #[must_use]
     pub fn steps(&self) -> u64 {
         self.step.address()
+    }
+
+    /// Address of the lanes' scales, [`RowScale`] `[lane]`.
+    #[must_use]
+    pub fn scales(&self) -> u64 {
+        self.scales.address()
     }
 
     /// Enqueues the labels of `count` pages. `pages` and `labels` are the addresses of device tables of `count` addresses each: of pages of
@@ -104,6 +114,7 @@ impl Labeller {
             channels: self.channels.address(),
             low: self.low.address(),
             reciprocal: self.reciprocal.address(),
+            scales: self.scales.address(),
             lanes: self.lanes as u32,
             page_count: count as u32,
         };

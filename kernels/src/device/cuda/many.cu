@@ -7,7 +7,8 @@
 //
 // Scores are in units of log2. Rows of 16 bits: what the tensor cores multiply rows by is split into a sum of 16-bit numbers: q, scaled by a
 // power of two, into two of binary16 or three of bfloat16, for 22 and 24 bits; weights, scaled by 2^SHIFT so that small ones do not
-// vanish, into two.
+// vanish, into two. Codes of e4m3 become binary16 between shared memory and product; the lane's scale of keys is multiplied into q, that of
+// values into the output at the end.
 #include "common.cuh"
 
 struct ManyJob {
@@ -16,6 +17,7 @@ struct ManyJob {
     u64 maxima;   // float[query][query_head]: the state, or with `split` float[segment - first_segment][query][query_head]
     u64 sums;     // the same
     u64 outputs;  // the same, [HEAD_DIM] each
+    u64 scales;   // RowScale[lane], of e4m3
     u32 query_count;
     u32 first_position;
     u32 window;    // tokens, or 0 for none
@@ -40,6 +42,7 @@ struct MergeJob {
     u64 part_outputs;
     u64 output;  // float[query][query_head][HEAD_DIM], written at the end
     u64 lse;     // float[query][query_head], written at the end
+    u64 scales;  // RowScale[lane], of e4m3
     u32 query_count;
     u32 query_heads;
     u32 first_lane;
@@ -175,21 +178,23 @@ constexpr float SHIFT = 14.0f;
 // Units of 16 bytes, of a row and of its key.
 constexpr u32 UNITS = ROW_BYTES / 16;
 constexpr u32 HALF_UNITS = UNITS / 2;
-constexpr u32 TILE_BYTES = KEYS * ROW_BYTES;
+// A row in shared memory.
+constexpr u32 ROW_STRIDE = (ROW_BYTES + 127) / 128 * 128;
+constexpr u32 TILE_BYTES = KEYS * ROW_STRIDE;
 // Queries lie part after part.
-constexpr u32 QUERY_PARTS = ROW_TYPE == ROW_F16 ? 2 : 3;
+constexpr u32 QUERY_PARTS = ROW_TYPE == ROW_BF16 ? 3 : 2;
 constexpr u32 QUERY_STRIDE = (HEAD_DIM * 2 + 127) / 128 * 128;
 constexpr u32 PART_BYTES = ROWS * QUERY_STRIDE;
 constexpr u32 SCORE_TILES = KEYS / 8;
 constexpr u32 OUTPUT_TILES = HEAD_DIM / 8;
 
-// Units of a row are permuted so that the same unit of eight rows lies in different banks. Rows are multiples of 128 bytes.
+// Units of a row are permuted so that the same unit of eight rows lies in different banks. Strides are multiples of 128 bytes.
 __device__ __forceinline__ u32 permuted(u32 row, u32 unit) {
     return (unit ^ (row & 7)) << 4;
 }
 
 __device__ __forceinline__ u32 row_unit(u32 row, u32 unit) {
-    return row * ROW_BYTES + permuted(row, unit);
+    return row * ROW_STRIDE + permuted(row, unit);
 }
 
 __device__ __forceinline__ u32 query_unit(u32 part, u32 row, u32 unit) {
@@ -212,10 +217,10 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&to)[4], u32 addre
 
 // c += a x b: 16 x 8 from 16 x 16 and 16 x 8.
 __device__ __forceinline__ void multiply(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if ROW_TYPE == ROW_F16
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-#else
+#if ROW_TYPE == ROW_BF16
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+#else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
 #endif
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -229,10 +234,21 @@ __device__ __forceinline__ u32 take_pair(float &x, float &y) {
     return pair;
 }
 
+// Where a pair of channels lies among the pairs of a query. Two registers of a product have pairs t and 4 + t of 16 channels, and four codes
+// of a key that lie together are pairs 2t and 2t + 1.
+__device__ __forceinline__ u32 pair_place(u32 pair) {
+#if ROW_TYPE == ROW_FP8
+    return pair / 8 * 8 + pair % 8 / 2 + pair % 2 * 4;
+#else
+    return pair;
+#endif
+}
+
 // Brings a warp's sixteen rows of queries to shared memory, scaled so that the largest element lies in 8..16; `unscale` takes that back.
 __device__ void load_queries(const ManyJob &job, const Block &block, u8 *queries, float *unscale) {
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     constexpr u32 PAIRS = HEAD_DIM / 2, TURNS = (PAIRS + 31) / 32;
+    float scale = job.scale * key_factor(job.scales, block.lane);
     for (u32 row = warp * 16; row < warp * 16 + 16; row++) {
         bool valid = row < block.row_count;
         const float2 *from = reinterpret_cast<const float2 *>(job.queries);
@@ -244,8 +260,8 @@ __device__ void load_queries(const ManyJob &job, const Block &block, u8 *queries
         for (u32 turn = 0; turn < TURNS; turn++) {
             u32 pair = turn * 32 + lane;
             x[turn] = valid && pair < PAIRS ? from[pair] : make_float2(0.0f, 0.0f);
-            x[turn].x *= job.scale;
-            x[turn].y *= job.scale;
+            x[turn].x *= scale;
+            x[turn].y *= scale;
             largest = fmaxf(largest, fmaxf(fabsf(x[turn].x), fabsf(x[turn].y)));
         }
         for (u32 distance = 16; distance > 0; distance /= 2) {
@@ -259,7 +275,8 @@ __device__ void load_queries(const ManyJob &job, const Block &block, u8 *queries
             if (pair < PAIRS) {
                 float low = x[turn].x * by, high = x[turn].y * by;
                 for (u32 part = 0; part < QUERY_PARTS; part++) {
-                    *reinterpret_cast<u32 *>(queries + query_unit(part, row, pair / 4) + pair % 4 * 4) = take_pair(low, high);
+                    u32 place = pair_place(pair);
+                    *reinterpret_cast<u32 *>(queries + query_unit(part, row, place / 4) + place % 4 * 4) = take_pair(low, high);
                 }
             }
         }
@@ -297,6 +314,31 @@ __device__ __forceinline__ void scores_of_tile(u32 queries, u32 tile, float (&sc
             scores[n][i] = 0.0f;
         }
     }
+#if ROW_TYPE == ROW_FP8
+    // Four matrices of codes are two tiles of keys by 32 channels.
+#pragma unroll
+    for (u32 step = 0; step < HEAD_DIM / 16; step += 2) {
+        u32 parts[2][QUERY_PARTS][4];
+#pragma unroll
+        for (u32 part = 0; part < QUERY_PARTS; part++) {
+            load_matrices(parts[0][part], queries + query_unit(part, query_row, 2 * step + lane / 16));
+            load_matrices(parts[1][part], queries + query_unit(part, query_row, 2 * step + 2 + lane / 16));
+        }
+#pragma unroll
+        for (u32 n = 0; n < SCORE_TILES; n += 2) {
+            u32 codes[4];
+            load_matrices(codes, tile + row_unit(n * 8 + lane / 16 * 8 + lane % 8, step + lane / 8 % 2));
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                u32 first = expanded(__byte_perm(codes[i], 0, 0x1404)), second = expanded(__byte_perm(codes[i], 0, 0x3424));
+#pragma unroll
+                for (u32 part = QUERY_PARTS; part-- > 0;) {
+                    multiply(scores[n + i / 2], parts[i % 2][part], first, second);
+                }
+            }
+        }
+    }
+#else
 #pragma unroll
     for (u32 step = 0; step < HEAD_DIM / 16; step++) {
         u32 parts[QUERY_PARTS][4];
@@ -315,6 +357,7 @@ __device__ __forceinline__ void scores_of_tile(u32 queries, u32 tile, float (&sc
             }
         }
     }
+#endif
 }
 
 // Scores to weights under the rows' running maxima. Gives what the outputs so far are to be multiplied by.
@@ -367,6 +410,20 @@ __device__ __forceinline__ void add_values(u32 tile, const float (&weights)[SCOR
             high[i] = take_pair(x, y);
             low[i] = pack_pair(x, y);
         }
+#if ROW_TYPE == ROW_FP8
+        // A transposed element is the codes of two channels: even ones make one tile of outputs, odd ones the next.
+#pragma unroll
+        for (u32 n = 0; n < OUTPUT_TILES; n += 4) {
+            u32 codes[4];
+            load_matrices_transposed(codes, tile + row_unit(step * 16 + lane % 16, HALF_UNITS + n / 2 + lane / 16));
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                u32 shift = i % 2 ? 0 : 8, first = expanded(codes[i / 2 * 2] << shift), second = expanded(codes[i / 2 * 2 + 1] << shift);
+                multiply(outputs[n + i], low, first, second);
+                multiply(outputs[n + i], high, first, second);
+            }
+        }
+#else
 #pragma unroll
         for (u32 n = 0; n < OUTPUT_TILES; n += 2) {
             u32 values[4];
@@ -376,7 +433,26 @@ __device__ __forceinline__ void add_values(u32 tile, const float (&weights)[SCOR
             multiply(outputs[n], high, values[0], values[1]);
             multiply(outputs[n + 1], high, values[2], values[3]);
         }
+#endif
     }
+}
+
+// Two neighbouring channels of a thread's outputs, and which of the thread's pairs they are.
+__device__ __forceinline__ float2 output_pair(const float (&outputs)[OUTPUT_TILES][4], u32 n, u32 half) {
+#if ROW_TYPE == ROW_FP8
+    u32 column = 2 * half + n % 2;
+    return make_float2(outputs[n / 2 * 2][column], outputs[n / 2 * 2 + 1][column]);
+#else
+    return make_float2(outputs[n][2 * half], outputs[n][2 * half + 1]);
+#endif
+}
+
+__device__ __forceinline__ u32 output_place(u32 n, u32 t) {
+#if ROW_TYPE == ROW_FP8
+    return n / 2 * 8 + 2 * t + n % 2;
+#else
+    return n * 4 + t;
+#endif
 }
 
 // Folds the segment into the state and begins anew.
@@ -392,15 +468,15 @@ __device__ __forceinline__ void end_segment(const ManyJob &job, const Block &blo
         Place place = {valid ? head_index(job, block, row) : 0, lane % 4 == 0};
         Update update = update_state(job, place, valid, rows.maximum[half], sum);
         if (!update.untouched) {
-            float2 *to = reinterpret_cast<float2 *>(outputs_of(job, place.at)) + lane % 4;
+            float2 *to = reinterpret_cast<float2 *>(outputs_of(job, place.at));
 #pragma unroll
             for (u32 n = 0; n < OUTPUT_TILES; n++) {
-                float2 value = make_float2(outputs[n][2 * half], outputs[n][2 * half + 1]);
+                float2 value = output_pair(outputs, n, half), *pair = to + output_place(n, lane % 4);
                 if (!update.fresh) {
-                    float2 before = to[n * 4];
+                    float2 before = *pair;
                     value = make_float2(fold(update.by, before.x, value.x), fold(update.by, before.y, value.y));
                 }
-                to[n * 4] = value;
+                *pair = value;
             }
         }
         rows.maximum[half] = minus_infinity();
@@ -646,7 +722,8 @@ extern "C" __global__ void __launch_bounds__(HEAD_DIM) merge_segments(const Merg
     }
     if (job.finish != 0) {
         bool some = maximum != minus_infinity();
-        reinterpret_cast<float *>(job.output)[at] = some ? __fdiv_rn(output, sum) : 0.0f;
+        float factor = value_factor(job.scales, job.first_lane + blockIdx.x % heads / GROUP);
+        reinterpret_cast<float *>(job.output)[at] = some ? __fdiv_rn(output, sum) * factor : 0.0f;
         if (threadIdx.x == 0) {
             float lse = (maximum - SHIFT + log2f(sum)) * 0.693147180559945f;
             reinterpret_cast<float *>(job.lse)[row] = some ? lse : minus_infinity();

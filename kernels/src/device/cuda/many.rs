@@ -12,6 +12,7 @@ use super::error::CudaError;
 use super::module::{Grid, Kernel, Modules, Source, Specialisation};
 use super::open::Gpu;
 use crate::device::LayerGeometry;
+use crate::scales::{LaneScales, RowScale};
 use crate::shape::RowType;
 use crate::slot::CHUNK_TOKENS;
 
@@ -30,6 +31,7 @@ pub(super) struct ManyLaunch {
     maxima: u64,
     sums: u64,
     outputs: u64,
+    scales: u64,
     query_count: u32,
     first_position: u32,
     window: u32,
@@ -56,6 +58,7 @@ pub(super) struct MergeLaunch {
     part_outputs: u64,
     output: u64,
     lse: u64,
+    scales: u64,
     query_count: u32,
     query_heads: u32,
     first_lane: u32,
@@ -87,9 +90,10 @@ impl Tiles {
         };
         // Sixteen query heads a warp, each in two or three parts of multiples of 128 bytes; tiles of keys are double.
         let matrices = |rows, keys| {
-            let parts = if row_type == RowType::F16 { 2 } else { 3 };
+            let parts = if row_type == RowType::Bf16 { 3 } else { 2 };
+            let row_stride = (2 * head_dim * row_type.element_bytes()).next_multiple_of(128);
             let queries = parts * rows * (2 * head_dim).next_multiple_of(128);
-            Self { rows, keys, threads: 2 * rows, shared_bytes: queries + 2 * keys * 4 * head_dim }
+            Self { rows, keys, threads: 2 * rows, shared_bytes: queries + 2 * keys * row_stride }
         };
         let most = match target.capability {
             (8, 0 | 7) => 162 << 10,
@@ -188,10 +192,11 @@ pub struct Many {
     state: Carry,
     partial: Carry,
     queries: Option<Queries>,
+    scales: DeviceBuffer<RowScale>,
 }
 
 impl Many {
-    /// Compiles the kernels.
+    /// Compiles the kernels for layers of this geometry, whatever their scales.
     ///
     /// # Errors
     /// What the compiler or the driver says.
@@ -200,7 +205,7 @@ impl Many {
         let gpu = modules.gpu();
         let tiles = Tiles::new(geometry.head_dim, geometry.row_type, Target { capability: gpu.capability });
         Ok(Self {
-            geometry: geometry.clone(),
+            geometry: geometry.unscaled(),
             tiles,
             attend: module.kernel("attend_many", tiles.shared_bytes)?,
             merge: module.kernel("merge_segments", 0)?,
@@ -208,10 +213,11 @@ impl Many {
             state: Carry::new(gpu)?,
             partial: Carry::new(gpu)?,
             queries: None,
+            scales: DeviceBuffer::zeroed(&gpu.context, geometry.heads.lanes())?,
         })
     }
 
-    /// The shape of the rows.
+    /// The shape of the rows, without scales.
     #[must_use]
     pub fn geometry(&self) -> &LayerGeometry {
         &self.geometry
@@ -222,11 +228,15 @@ impl Many {
         self.enough_blocks = 0;
     }
 
-    /// Begins the attention of `queries`, which have seen no key yet.
+    /// Begins the attention of `queries`, which have seen no key yet, over rows of a layer of these scales.
     ///
     /// # Errors
     /// Memory that the device does not have.
-    pub fn begin(&mut self, stream: &Arc<CudaStream>, queries: Queries) -> Result<(), CudaError> {
+    pub fn begin(&mut self, stream: &Arc<CudaStream>, queries: Queries, scales: &LaneScales) -> Result<(), CudaError> {
+        if self.geometry.row_type == RowType::Fp8 {
+            let lanes: Vec<RowScale> = (0..self.geometry.heads.lanes()).map(|lane| scales.of(lane)).collect();
+            self.scales.write(stream, 0, &lanes)?;
+        }
         let heads = queries.count * self.geometry.heads.query_heads();
         self.state.fit(heads, self.geometry.head_dim)?;
         self.state.maxima.set(stream, 0..heads, f32::NEG_INFINITY)?;
@@ -267,6 +277,7 @@ impl Many {
             maxima: carry.maxima.address(),
             sums: carry.sums.address(),
             outputs: carry.outputs.address(),
+            scales: self.scales.address(),
             query_count: queries.count as u32,
             first_position: queries.first_position as u32,
             window: queries.window.unwrap_or(0) as u32,
@@ -312,6 +323,7 @@ impl Many {
             part_outputs: self.partial.outputs.address(),
             output: merge.output,
             lse: merge.lse,
+            scales: self.scales.address(),
             query_count: queries.count as u32,
             query_heads: self.geometry.heads.query_heads() as u32,
             first_lane: lanes.start as u32,

@@ -80,14 +80,15 @@ impl Cuda {
         let count = job.queries.len() / (heads * head_dim);
         assert!(job.queries.len() == count * heads * head_dim && output.len() == job.queries.len(), "queries and outputs");
         assert_eq!(lse.len(), count * heads, "log-sum-exps");
-        let index = match self.streamed.iter().position(|(geometry, _)| geometry == job.geometry) {
+        let (geometry, scales) = (job.geometry.unscaled(), &job.geometry.scales);
+        let index = match self.streamed.iter().position(|(of, _)| *of == geometry) {
             Some(index) => index,
             None => {
                 if self.streamed.len() == KEPT_SHAPES {
                     self.streamed.remove(0);
                 }
-                let streamed = Streamed::new(&mut self.modules, &self.stream, job.geometry, PIECE_BYTES)?;
-                self.streamed.push((job.geometry.clone(), streamed));
+                let streamed = Streamed::new(&mut self.modules, &self.stream, &geometry, PIECE_BYTES)?;
+                self.streamed.push((geometry, streamed));
                 self.streamed.len() - 1
             }
         };
@@ -97,7 +98,7 @@ impl Cuda {
         self.queries.write(&self.stream, 0, job.queries)?;
         let queries = Queries { address: self.queries.address(), count, first_position: job.first_position, window: job.window };
         // SAFETY: all buffers are this value's, and the copies below wait for the stream, on which the attention waits for its copies.
-        unsafe { self.streamed[index].1.attend(&self.stream, queries, job.pages, self.outputs.address(), self.lse.address()) }?;
+        unsafe { self.streamed[index].1.attend(&self.stream, queries, scales, job.pages, self.outputs.address(), self.lse.address()) }?;
         self.outputs.read(&self.stream, 0, output)?;
         self.lse.read(&self.stream, 0, lse)
     }

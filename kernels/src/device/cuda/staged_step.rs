@@ -223,6 +223,7 @@ pub(super) fn attend(
     let places: Vec<u32> = (0..lanes).flat_map(|_| 0..rows.listed_per_lane as u32).collect();
     let places = DeviceBuffer::from_slice(stream, &places)?;
     let query = DeviceBuffer::from_slice(stream, job.query)?;
+    let scales = DeviceBuffer::from_slice(stream, &geometry.lane_scales())?;
     let (outputs, sums) = (DeviceBuffer::<f32>::zeroed(context, output.len())?, DeviceBuffer::<f32>::zeroed(context, lse.len())?);
     let blocks = rows.entries().div_ceil(BLOCK_ROWS);
     let partials = DeviceBuffer::<f32>::zeroed(context, lanes * blocks * group * (dim + 2))?;
@@ -247,6 +248,7 @@ pub(super) fn attend(
     let seat = Seat::new(stream, state, place)?;
     let step = StepJob {
         page_bytes: geometry.page_bytes() as u64,
+        scales: scales.address(),
         query: query.address(),
         output: outputs.address(),
         lse: sums.address(),

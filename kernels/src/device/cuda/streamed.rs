@@ -10,6 +10,7 @@ use super::error::{CudaError, Doing};
 use super::many::{Many, Piece, Queries, SEGMENT_KEYS};
 use super::module::Modules;
 use crate::device::LayerGeometry;
+use crate::scales::LaneScales;
 use crate::slot::CHUNK_TOKENS;
 
 /// Bytes of a half, at most. Small against what a layer reads, so that little time passes before the first piece can be attended; large
@@ -96,7 +97,7 @@ impl Streamed {
         self.halves.iter().map(|half| half.rows.bytes() + half.tables.bytes()).sum()
     }
 
-    /// Enqueues on `stream` the attention of `queries` over host `pages` by chunk from chunk 0; those without a key of any query may be
+    /// Enqueues on `stream` the attention of `queries` over host `pages`, of a layer of these scales, by chunk from chunk 0; those without a key of any query may be
     /// empty. Results go to device addresses: `[query][query_head][head_dim]` and `[query][query_head]`, f32. Pages in pinned or registered
     /// memory are copied beside the attention and this returns at once; others are copied by the calling thread.
     ///
@@ -109,6 +110,7 @@ impl Streamed {
         &mut self,
         stream: &Arc<CudaStream>,
         queries: Queries,
+        scales: &LaneScales,
         pages: &[&[u8]],
         output: u64,
         lse: u64,
@@ -117,7 +119,7 @@ impl Streamed {
         let (lanes, lane_bytes) = (self.many.geometry().heads.lanes(), CHUNK_TOKENS * self.many.geometry().row_bytes());
         let needed = keys.start / CHUNK_TOKENS..keys.end.div_ceil(CHUNK_TOKENS);
         assert!(pages.len() >= needed.end, "pages of {} chunks, {} needed", pages.len(), needed.end);
-        self.many.begin(stream, queries)?;
+        self.many.begin(stream, queries, scales)?;
         let first = needed.start / SEGMENT_CHUNKS * SEGMENT_CHUNKS;
         for chunk in (first..needed.end).step_by(self.cut.chunks) {
             let chunks = chunk.max(needed.start)..(chunk + self.cut.chunks).min(needed.end);

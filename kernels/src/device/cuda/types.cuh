@@ -64,6 +64,7 @@ struct StepJob {
     u64 new_rows;      // [slot][lane][ROW_BYTES]: the newest row of each sequence
     u64 page_bytes;    // bytes of a page of rows on the device: lanes x 256 x ROW_BYTES
     u64 host_page_bytes; // from one page to the next on the host, where a page has other workers' lanes as well
+    u64 scales;        // RowScale[lane], of e4m3
     u64 channels;      // u16[lane][CHANNELS]
     u64 steps;         // f32[lane][CHANNELS]
     u64 query;         // f32[slot][query head][HEAD_DIM]
