@@ -2,8 +2,10 @@
 
 mod support;
 
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use sluice_kernels::budget::{Budget, Settings};
-use sluice_kernels::decoder::{Attend, Decoder, StepError, StepRequest};
+use sluice_kernels::decoder::{Attend, Decoder, StepError, StepReport, StepRequest};
 use sluice_kernels::device::{DeviceKind, open};
 use sluice_kernels::sequence::{Sequence, SequenceError};
 use sluice_kernels::shape::{ModelShape, RowType};
@@ -25,6 +27,15 @@ fn append(sequence: &mut Sequence, positions: std::ops::Range<usize>) {
 }
 
 fn step(decoder: &mut Decoder, sequence: &mut Sequence, layer: usize, position: usize, attend: Attend) -> Vec<f32> {
+    stepped(decoder, sequence, layer, position, attend).0
+}
+
+fn report(decoder: &mut Decoder, sequence: &mut Sequence, layer: usize, position: usize, attend: Attend) -> StepReport {
+    stepped(decoder, sequence, layer, position, attend).1
+}
+
+/// Output and log-sum-exps, and the costs, of a query that is a hash of its position.
+fn stepped(decoder: &mut Decoder, sequence: &mut Sequence, layer: usize, position: usize, attend: Attend) -> (Vec<f32>, StepReport) {
     let geometry = sequence.part(layer).geometry;
     let lanes = sequence.part(layer).lanes;
     let group = geometry.heads.group();
@@ -33,9 +44,9 @@ fn step(decoder: &mut Decoder, sequence: &mut Sequence, layer: usize, position: 
     let queries: Vec<f32> = (0..heads * 64).map(|index| value(90 + layer, first_head + index / 64, position, index % 64)).collect();
     let (mut output, mut lse) = (vec![0.0; heads * 64], vec![0.0; heads]);
     let mut request = StepRequest { sequence, first_position: position, queries: &queries, attend, output: &mut output, lse: &mut lse };
-    decoder.step_one(layer, &mut request).expect("step");
+    let report = decoder.step_one(layer, &mut request).expect("step");
     output.extend(lse);
-    output
+    (output, report)
 }
 
 fn all_layers(decoder: &mut Decoder, sequence: &mut Sequence, position: usize, attend: Attend) -> Vec<Vec<f32>> {
@@ -65,12 +76,14 @@ fn a_step_gives_the_same_bits_before_and_after_sealing() {
 
 #[test]
 fn everything_in_the_budget_is_dense() {
-    let mut decoder = Decoder::new(open(DeviceKind::Cpu, 2).expect("device"));
-    let daemon = TestDaemon::new(shape(), Some(calibration(&shape())), 16);
-    let mut sequence = daemon.attach(Settings { budget: Budget::Dense, ..SPARSE }, None, 0);
-    append(&mut sequence, 0..1500);
-    let sparse = all_layers(&mut decoder, &mut sequence, 1499, Attend::Sparse);
-    assert_eq!(sparse, all_layers(&mut decoder, &mut sequence, 1499, Attend::Dense));
+    for kind in support::device_kinds() {
+        let mut decoder = Decoder::new(open(kind, 2).expect("device"));
+        let daemon = TestDaemon::new(shape(), Some(calibration(&shape())), 16);
+        let mut sequence = daemon.attach(Settings { budget: Budget::Dense, ..SPARSE }, None, 0);
+        append(&mut sequence, 0..1500);
+        let sparse = all_layers(&mut decoder, &mut sequence, 1499, Attend::Sparse);
+        assert_eq!(sparse, all_layers(&mut decoder, &mut sequence, 1499, Attend::Dense));
+    }
 }
 
 #[test]
@@ -118,7 +131,7 @@ fn plain_attention(shape: &ModelShape, layer: usize, first: usize, position: usi
 
 #[test]
 fn workers_with_half_of_the_lanes_each_give_the_whole() {
-    for row_type in ROW_TYPES {
+    for (kind, row_type) in everything() {
         let mut shape = shape_of(row_type).as_ref().clone();
         let calibration = calibration(&shape);
         shape.layers[1].kv_heads = 2;
@@ -127,7 +140,7 @@ fn workers_with_half_of_the_lanes_each_give_the_whole() {
         let mut whole = daemon.attach(SPARSE, None, 0);
         let mut halves = [daemon.attach(SPARSE, Some(0..1), 1), daemon.attach(SPARSE, Some(1..2), 2)];
         append(&mut whole, 0..1300);
-        let mut decoder = Decoder::new(open(DeviceKind::Cpu, 1).expect("device"));
+        let mut decoder = Decoder::new(open(kind, 1).expect("device"));
         for half in &mut halves {
             append(half, 0..1300);
         }
@@ -136,8 +149,8 @@ fn workers_with_half_of_the_lanes_each_give_the_whole() {
             let heads = whole.part(layer).geometry.heads.query_heads();
             let [low, high] = halves.each_mut().map(|half| step(&mut decoder, half, layer, 1299, Attend::Sparse));
             let values = heads / 2 * 64;
-            assert_eq!(all[..heads * 64], [&low[..values], &high[..values]].concat(), "{row_type:?}");
-            assert_eq!(all[heads * 64..], [&low[values..], &high[values..]].concat(), "{row_type:?}");
+            assert_eq!(all[..heads * 64], [&low[..values], &high[..values]].concat(), "{kind}, {row_type:?}");
+            assert_eq!(all[heads * 64..], [&low[values..], &high[values..]].concat(), "{kind}, {row_type:?}");
         }
     }
 }
@@ -202,22 +215,24 @@ fn bad_input_is_refused_and_changes_nothing() {
 
 #[test]
 fn rows_of_a_step_are_the_rows_that_were_stored() {
-    let mut decoder = Decoder::new(open(DeviceKind::Cpu, 2).expect("device"));
-    let mut daemon = TestDaemon::new(shape(), Some(calibration(&shape())), 6);
-    let mut sequence = daemon.attach(SPARSE, None, 0);
-    append(&mut sequence, 0..1400);
-    daemon.seal();
-    daemon.refresh(&mut sequence);
-    let query: Vec<f32> = (0..256).map(|index| value(7, index / 64, 3, index % 64)).collect();
-    let lanes = decoder.rows(0, &mut sequence, 1399, &query).expect("rows");
-    assert_eq!(lanes.len(), 2);
-    for (lane, picked) in lanes.iter().enumerate() {
-        let horizon = SPARSE.horizon(1400);
-        assert_eq!(picked.positions.len(), SPARSE.selected_tokens(1400) + 1400 - horizon);
-        assert!(picked.positions.is_sorted() && picked.positions[..4] == [0, 1, 2, 3]);
-        for (index, &position) in picked.positions.iter().enumerate() {
-            let stored = rows(&shape(), 0, lane..lane + 1, position as usize..position as usize + 1);
-            assert_eq!(picked.rows[index * 256..(index + 1) * 256], stored);
+    for kind in support::device_kinds() {
+        let mut decoder = Decoder::new(open(kind, 2).expect("device"));
+        let mut daemon = TestDaemon::new(shape(), Some(calibration(&shape())), 6);
+        let mut sequence = daemon.attach(SPARSE, None, 0);
+        append(&mut sequence, 0..1400);
+        daemon.seal();
+        daemon.refresh(&mut sequence);
+        let query: Vec<f32> = (0..256).map(|index| value(7, index / 64, 3, index % 64)).collect();
+        let lanes = decoder.rows(0, &mut sequence, 1399, &query).expect("rows");
+        assert_eq!(lanes.len(), 2);
+        for (lane, picked) in lanes.iter().enumerate() {
+            let horizon = SPARSE.horizon(1400);
+            assert_eq!(picked.positions.len(), SPARSE.selected_tokens(1400) + 1400 - horizon);
+            assert!(picked.positions.is_sorted() && picked.positions[..4] == [0, 1, 2, 3]);
+            for (index, &position) in picked.positions.iter().enumerate() {
+                let stored = rows(&shape(), 0, lane..lane + 1, position as usize..position as usize + 1);
+                assert_eq!(picked.rows[index * 256..(index + 1) * 256], stored);
+            }
         }
     }
 }
@@ -261,15 +276,16 @@ fn hot_rows_never_change_a_result() {
         daemon.seal();
         daemon.refresh(&mut sequence);
         let cold: Vec<_> = (1400..1410).map(|at| step(&mut decoder, &mut sequence, 0, at, Attend::Sparse)).collect();
-        sequence.set_hot_rows(60);
+        sequence.set_hot_rows(120);
         for (at, cold) in (1400..1410).zip(&cold) {
             assert_eq!(&step(&mut decoder, &mut sequence, 0, at, Attend::Sparse), cold, "{kind} at {at}");
         }
-        let counts = sequence.hot_counts(0).expect("a pool");
-        let selected: usize = (1400..1410).map(|at| 2 * SPARSE.selected_tokens(at + 1)).sum();
-        assert_eq!(counts.hits + counts.misses, selected as u64);
-        assert!(counts.hits > 0 && counts.misses > 0, "{counts:?}");
-        assert!(sequence.hot_counts(1).is_none(), "window layers have none");
+        let repeated = report(&mut decoder, &mut sequence, 0, 1409, Attend::Sparse);
+        assert_eq!(repeated.selected_rows, 2 * SPARSE.selected_tokens(1410) as u64);
+        assert_eq!(repeated.hot_rows, repeated.selected_rows, "{kind}: the same step again finds everything");
+        let other = report(&mut decoder, &mut sequence, 0, 1300, Attend::Sparse);
+        assert!(other.hot_rows < other.selected_rows, "{kind}: another query does not");
+        assert_eq!(report(&mut decoder, &mut sequence, 1, 1409, Attend::Sparse).selected_rows, 0, "window layers have none");
     }
 }
 
@@ -327,4 +343,61 @@ fn plain_head(shape: &ModelShape, head: usize, position: usize, rows: &[usize]) 
     let total: f64 = scores.iter().map(|score| score.exp()).sum();
     let sum = |channel: usize| scores.iter().zip(rows).map(|(score, &row)| score.exp() * stored(row, 64 + channel)).sum::<f64>();
     (0..64).map(|channel| (sum(channel) / total) as f32).collect()
+}
+
+/// What a device keeps between steps, in whatever order things happened, gives the bits of a device that keeps nothing.
+#[test]
+fn state_that_outlives_a_step_never_changes_a_bit() {
+    for kind in support::device_kinds() {
+        for seed in 0..3 {
+            let mut rng = StdRng::seed_from_u64(seed);
+            let mut decoder = Decoder::new(open(kind, 2).expect("device"));
+            let mut daemon = TestDaemon::new(shape(), Some(calibration(&shape())), 5);
+            let mut sequence = daemon.attach(SPARSE, None, 0);
+            append(&mut sequence, 0..700);
+            let (mut steps, mut hot) = (0, 0);
+            while steps < 60 {
+                let committed = sequence.committed();
+                match rng.random_range(0..10) {
+                    0 => {
+                        let count = rng.random_range(1..300).min(sequence.tokens_until_full());
+                        if count > 0 && committed + count < 7000 {
+                            append(&mut sequence, committed..committed + count);
+                        }
+                    }
+                    1 => {
+                        daemon.seal();
+                        daemon.refresh(&mut sequence);
+                    }
+                    2 => {
+                        let position = rng.random_range(sequence.sealed_chunks() * 256..=committed).max(600);
+                        if position < committed {
+                            sequence.begin_truncate(position).expect("truncate");
+                            sequence.truncated(position);
+                            daemon.refresh(&mut sequence);
+                        }
+                    }
+                    _ => {
+                        if sequence.tokens_until_full() > 0 && committed < 7000 {
+                            append(&mut sequence, committed..committed + 1);
+                        }
+                        let position = sequence.committed() - 1 - if rng.random_bool(0.2) { rng.random_range(0..400) } else { 0 };
+                        let attend = if rng.random_bool(0.2) { Attend::Dense } else { Attend::Sparse };
+                        for layer in 0..3 {
+                            let (kept, costs) = stepped(&mut decoder, &mut sequence, layer, position, attend);
+                            hot += costs.hot_rows;
+                            if rng.random_bool(0.2) {
+                                // Whatever was kept is dropped.
+                                sequence.set_hot_rows([0, 100, 300][rng.random_range(0..3)]);
+                                let anew = step(&mut decoder, &mut sequence, layer, position, attend);
+                                assert_eq!(kept, anew, "{kind}, seed {seed}: layer {layer} at {position}, {attend:?}");
+                            }
+                        }
+                        steps += 1;
+                    }
+                }
+            }
+            assert!(hot > 0, "{kind}: some rows were hot");
+        }
+    }
 }

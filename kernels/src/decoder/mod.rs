@@ -4,11 +4,14 @@
 //! horizon follows from p + 1 alone, wherever rows and labels happen to lie.
 
 mod fidelity;
+mod resident;
 
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
+use crate::device::cuda::CudaError;
+use crate::device::cuda::seat::DeviceBytes;
 use crate::device::{AttendJob, Device, HotRows, ManyJob, SelectJob, StepJob, StepResult};
 use crate::hot::{HotFetch, HotPool};
 use crate::rows::first_non_finite_value;
@@ -17,6 +20,8 @@ use crate::shape::LaneKind;
 use crate::slot::CHUNK_TOKENS;
 
 pub use fidelity::fidelity_digest;
+use resident::ResidentDecoder;
+pub use resident::{DeviceLimits, Resident};
 
 /// How a step attends full-attention layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +67,8 @@ pub struct StepReport {
     pub gather: Duration,
     /// Attending.
     pub attend: Duration,
+    /// All of it, on a device that does not tell the parts apart because its launches overlap.
+    pub fused: Duration,
 }
 
 impl std::ops::AddAssign for StepReport {
@@ -74,6 +81,7 @@ impl std::ops::AddAssign for StepReport {
         self.select += other.select;
         self.gather += other.gather;
         self.attend += other.attend;
+        self.fused += other.fused;
     }
 }
 
@@ -109,12 +117,21 @@ pub enum StepError {
         /// Rows of the layer.
         written: usize,
     },
+    /// The device refuses, or has failed.
+    #[error(transparent)]
+    Device(Box<CudaError>),
     /// Selected rows exist for full-attention layers only.
     #[error("layer: {layer} is a sliding-window layer; rows are selected in full-attention layers only")]
     NotSelected {
         /// Layer.
         layer: usize,
     },
+}
+
+impl From<CudaError> for StepError {
+    fn from(error: CudaError) -> Self {
+        Self::Device(Box::new(error))
+    }
 }
 
 /// Rows that a step attends, to hand to somebody who attends them.
@@ -129,6 +146,8 @@ pub struct LaneRows {
 /// Performs steps on one device.
 pub struct Decoder {
     device: Box<dyn Device>,
+    /// On devices that keep state between steps.
+    resident: Option<ResidentDecoder>,
     positions: Vec<u32>,
     keys: Vec<u16>,
     hot_slots: Vec<u32>,
@@ -161,7 +180,26 @@ impl Decoder {
     /// A decoder on a device.
     #[must_use]
     pub fn new(device: Box<dyn Device>) -> Self {
-        Self { device, positions: Vec::new(), keys: Vec::new(), hot_slots: Vec::new() }
+        let resident = device.gpu().map(|(gpu, compiler)| ResidentDecoder::new(gpu, compiler));
+        Self { device, resident, positions: Vec::new(), keys: Vec::new(), hot_slots: Vec::new() }
+    }
+
+    /// The same with bounds of the device's memory; devices without memory of their own have none.
+    #[must_use]
+    pub fn with_limits(mut self, limits: DeviceLimits) -> Self {
+        self.resident.iter_mut().for_each(|resident| resident.set_limits(limits));
+        self
+    }
+
+    /// Device memory in use, by what it is for.
+    #[must_use]
+    pub fn device_bytes(&self) -> DeviceBytes {
+        self.resident.as_ref().map(ResidentDecoder::bytes).unwrap_or_default()
+    }
+
+    /// Lets go of the device memory of sequences that are gone. Cheap; call it now and then, and after a sequence was dropped.
+    pub fn sweep(&mut self) {
+        self.resident.iter_mut().for_each(ResidentDecoder::sweep);
     }
 
     /// Name of the device.
@@ -203,13 +241,22 @@ impl Decoder {
         let heads = part.geometry.heads.query_heads();
         let mut report = StepReport::default();
         for (index, query) in request.queries.chunks_exact(query_values).enumerate() {
-            let query = Query {
+            let mut query = Query {
                 position: request.first_position + index,
                 values: query,
                 output: &mut request.output[index * query_values..(index + 1) * query_values],
                 lse: &mut request.lse[index * heads..(index + 1) * heads],
             };
             let plan = plan(request.sequence, request.attend, query.position);
+            if plan.count > 0 {
+                request.sequence.mark_fidelity(query.position);
+            }
+            if let Some(resident) = &mut self.resident
+                && let Some(done) = resident.attend(layer, request.sequence, part, &plan, &mut query)?
+            {
+                report += done;
+                continue;
+            }
             report += if plan.count == 0 {
                 self.attend_from(layer, request.sequence, part, plan.exact_from, query)?
             } else {
@@ -229,7 +276,6 @@ impl Decoder {
     ) -> Result<StepReport, StepError> {
         let chunks = plan.horizon / CHUNK_TOKENS;
         sequence.ensure_labels(layer, chunks, self.device.as_mut());
-        sequence.mark_fidelity(query.position);
         let mut pool = sequence.take_hot_pool(layer);
         let result = self.select_and_attend(layer, sequence, part, plan, query, pool.as_mut());
         sequence.put_hot_pool(layer, pool);
@@ -384,6 +430,9 @@ impl Decoder {
         let (queries, first_position) = (query, position);
         self.step_one(layer, &mut StepRequest { sequence, first_position, queries, attend, output: &mut output, lse: &mut lse })?;
         let plan = plan(sequence, attend, position);
+        if let (Some(resident), true) = (&self.resident, plan.count > 0) {
+            self.positions = resident.positions()?;
+        }
         let mut pages = Vec::new();
         sequence.pages(layer, 0..position / CHUNK_TOKENS + 1, &mut pages)?;
         let row_bytes = part.geometry.row_bytes();
@@ -399,12 +448,6 @@ impl Decoder {
             LaneRows { positions, rows }
         });
         Ok(lanes.collect())
-    }
-
-    /// Positions that the last sparse step of one query selected before the horizon, `[own lane][count]`, ascending.
-    #[must_use]
-    pub fn last_selection(&self) -> &[u32] {
-        &self.positions
     }
 }
 

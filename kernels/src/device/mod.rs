@@ -9,6 +9,7 @@ pub mod cuda;
 pub mod kind;
 pub mod reference;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::heads::HeadMap;
@@ -264,6 +265,11 @@ pub struct ManyJob<'a> {
 pub trait Device: Send {
     /// Short name for reports, with the instruction set where that varies.
     fn name(&self) -> &str;
+
+    /// The GPU and its compiler, where there is one: decoders then keep state of sequences there, and use verbs for the rest.
+    fn gpu(&self) -> Option<(cuda::Gpu, Arc<cuda::compile::Compiler>)> {
+        None
+    }
 
     /// Quantises a page into `out`, a label page of `lanes x 256 x label_bytes` in the packing of [`crate::label::packing`].
     /// All devices give the same bits.

@@ -13,10 +13,11 @@ use std::sync::Arc;
 use thiserror::Error;
 
 use crate::budget::Settings;
-use crate::decoder::fidelity_digest;
+use crate::decoder::{Resident, fidelity_digest};
 use crate::device::LayerGeometry;
+use crate::device::cuda::host::HostFile;
 use crate::heads::HeadMap;
-use crate::hot::{HotCounts, HotPool};
+use crate::hot::HotPool;
 use crate::label::{Calibration, CalibrationError, LabelCoder, LabelPlan};
 use crate::layout::{Plane, class_of};
 use crate::rows::first_non_finite;
@@ -147,7 +148,7 @@ pub struct Sequence {
     /// By layer, scales of the own lanes; none where rows are not scaled.
     scales: Vec<LaneScales>,
     board: Board,
-    open: OpenSlots,
+    open: Arc<OpenSlots>,
     path: Path,
     own_labels: OwnLabels,
     /// Next position of each layer.
@@ -156,6 +157,9 @@ pub struct Sequence {
     committed: usize,
     /// Hot rows by layer; empty without.
     hot: Vec<Option<HotPool>>,
+    hot_rows_wanted: usize,
+    /// What a device keeps of this sequence between steps.
+    resident: Option<Box<Resident>>,
 }
 
 /// The part of a layer's lanes that a holder works on, and its geometry.
@@ -178,7 +182,7 @@ impl Sequence {
         let SequenceFiles { shape, calibration, board, open, open_slots, writer, lanes, settings } = files;
         check_lanes(&shape, lanes.as_ref())?;
         let board = Board::map(&board, Access::ReadOnly)?;
-        let open = OpenSlots::map(&open, OpenLayout::new(&shape, open_slots)?, writer)?;
+        let open = Arc::new(OpenSlots::map(&open, OpenLayout::new(&shape, open_slots)?, writer)?);
         let committed = open.committed() as usize;
         let own = |scales: &LaneScales| lanes.as_ref().map_or_else(|| scales.clone(), |lanes| scales.part(lanes.clone()));
         let scales = shape.scales.iter().map(own).collect();
@@ -190,6 +194,8 @@ impl Sequence {
             tokens_written: committed,
             committed,
             hot: Vec::new(),
+            hot_rows_wanted: 0,
+            resident: None,
             shape,
             settings,
             lanes,
@@ -210,6 +216,7 @@ impl Sequence {
         calibration.check(&self.shape)?;
         let parts: Vec<LayerPart> = (0..self.shape.layers.len()).map(|layer| self.part(layer)).collect();
         self.own_labels = OwnLabels::new(&self.shape, calibration, &parts, self.open.layout().slots);
+        self.resident = None;
         Ok(())
     }
 
@@ -413,31 +420,41 @@ impl Sequence {
         }
     }
 
-    /// Keeps copies of up to `rows_per_lane` fetched rows of every full-attention layer between steps; 0 keeps none. On devices that read
-    /// rows where they lie this only costs memory; it never changes a result.
+    /// Keeps copies of up to `rows_per_lane` fetched rows of every full-attention layer between steps; 0 keeps none on devices that read
+    /// rows where they lie (there it only costs memory), and as many as the device sees fit on others. It never changes a result.
     pub fn set_hot_rows(&mut self, rows_per_lane: usize) {
-        let pool = |layer: usize| {
-            let part = self.part(layer);
-            let kept = rows_per_lane > 0 && part.kind == LaneKind::Selected;
-            kept.then(|| HotPool::new(part.lanes.len(), rows_per_lane, part.geometry.row_bytes()))
-        };
-        self.hot = (0..self.shape.layers.len()).map(pool).collect();
+        self.hot = Vec::new();
+        self.hot_rows_wanted = rows_per_lane;
+        self.resident = None;
     }
 
-    /// Hits and misses of a layer's hot pool, if it has one.
-    #[must_use]
-    pub fn hot_counts(&self, layer: usize) -> Option<HotCounts> {
-        self.hot.get(layer)?.as_ref().map(HotPool::counts)
+    pub(crate) fn hot_rows_wanted(&self) -> usize {
+        self.hot_rows_wanted
     }
 
+    /// The hot rows of a layer, to be put back after a step; made at the first use.
     pub(crate) fn take_hot_pool(&mut self, layer: usize) -> Option<HotPool> {
-        self.hot.get_mut(layer)?.take()
+        if self.hot_rows_wanted == 0 {
+            return None;
+        }
+        self.hot.resize_with(self.shape.layers.len(), || None);
+        let part = self.part(layer);
+        let made = || HotPool::new(part.lanes.len(), self.hot_rows_wanted, part.geometry.row_bytes());
+        Some(self.hot[layer].take().unwrap_or_else(made))
     }
 
     pub(crate) fn put_hot_pool(&mut self, layer: usize, pool: Option<HotPool>) {
         if let Some(place) = self.hot.get_mut(layer) {
             *place = pool;
         }
+    }
+
+    pub(crate) fn take_resident(&mut self) -> Option<Box<Resident>> {
+        self.resident.take()
+    }
+
+    pub(crate) fn put_resident(&mut self, resident: Box<Resident>) {
+        self.resident = Some(resident);
     }
 
     /// Lowers the committed tokens before the daemon is asked to truncate; nothing is lost until [`Sequence::truncated`].
@@ -467,6 +484,9 @@ impl Sequence {
         self.own_labels.forget_all();
         for pool in self.hot.iter_mut().flatten() {
             pool.truncate(position);
+        }
+        if let Some(resident) = &mut self.resident {
+            resident.truncate(position);
         }
     }
 
@@ -535,6 +555,31 @@ impl Sequence {
             pages.push(&page[own.clone()]);
         }
         Ok(())
+    }
+
+    /// The file in which the rows of a chunk lie in full-attention layers, and the slot there.
+    ///
+    /// # Errors
+    /// A segment that is not mapped.
+    pub(crate) fn chunk_place(&self, chunk: usize) -> Result<(HostFile, u32), SequenceError> {
+        if chunk >= self.path.len() {
+            return Ok((HostFile::Open(Arc::clone(&self.open)), self.open.layout().slot_of(chunk)));
+        }
+        let (segment, slot) = self.path.selected(chunk)?;
+        Ok((HostFile::Sealed(Arc::clone(segment)), slot))
+    }
+
+    /// What the labels of a layer mean; `None` without a calibration.
+    pub(crate) fn coder(&self, layer: usize) -> Option<&LabelCoder> {
+        self.own_labels.coder(layer)
+    }
+
+    /// The own lanes' labels of a chunk, where the daemon has made them and they are mapped.
+    pub(crate) fn label_page(&self, layer: usize, chunk: usize) -> Option<&[u8]> {
+        let part = self.part(layer).lanes;
+        let lane_bytes = CHUNK_TOKENS * self.coder(layer)?.plan.label_bytes();
+        let page = (chunk < self.path.labelled_chunks()).then(|| self.path.label_page(layer, chunk))??;
+        Some(&page[part.start * lane_bytes..part.end * lane_bytes])
     }
 
     /// Labels every own chunk below `chunks` that the daemon has not labelled yet.

@@ -127,6 +127,14 @@ impl Path {
         Ok(rows.page(plane, slot.index))
     }
 
+    /// The segment and slot of a chunk's full-attention layers.
+    pub(super) fn selected(&self, chunk: usize) -> Result<(&Arc<Segment>, u32), SequenceError> {
+        let slot = self.places.get(chunk).and_then(|place| place.selected);
+        let missing = SequenceError::SegmentMissing { segment: slot.map_or(u32::MAX, |slot| slot.segment) };
+        let slot = slot.ok_or(missing)?;
+        Ok((self.rows(slot.segment).ok_or(SequenceError::SegmentMissing { segment: slot.segment })?, slot.index))
+    }
+
     /// What to say when a chunk has no label page here.
     pub(super) fn label_missing(&self, chunk: usize) -> SequenceError {
         let slot = self.places.get(chunk).and_then(|place| place.selected);

@@ -83,7 +83,7 @@ pub(crate) struct TestDaemon {
 
 impl TestDaemon {
     pub(crate) fn new(shape: Arc<ModelShape>, calibration: Option<Arc<Calibration>>, open_slots: u32) -> Self {
-        let folder = tempfile::tempdir().expect("a folder for the test");
+        let folder = tempfile::tempdir_in("/dev/shm").expect("a folder for the test");
         let file = create_allocated(&folder.path().join("board"), Board::file_bytes(TABLE_CHUNKS), 1).expect("board file");
         let board = Board::create(&file, TABLE_CHUNKS).expect("board");
         board.set_lease(1, 1, BoardState::Live);

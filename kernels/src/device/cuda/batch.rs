@@ -447,6 +447,43 @@ impl Batch {
         unsafe { self.device_states.write_async(&self.stream, 0, &self.states) }
     }
 
+    /// Enqueues the copies of one layer's queries, `[slot][query head][head_dim]`, and newest rows, `[slot][lane][row_bytes]`.
+    ///
+    /// # Safety
+    /// Both stay as they are until the stream has passed this point.
+    ///
+    /// # Errors
+    /// A copy that the driver refuses.
+    pub(super) unsafe fn send_inputs(&self, layer: usize, queries: &[f32], new_rows: &[u8]) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.queries.write_async(&self.stream, layer * queries.len(), queries)?;
+            self.new_rows.write_async(&self.stream, layer * new_rows.len(), new_rows)
+        }
+    }
+
+    /// Enqueues the copies of one layer's results: outputs, log-sum-exps and counters of all slots.
+    ///
+    /// # Safety
+    /// They are used by nobody else until the stream has passed this point.
+    ///
+    /// # Errors
+    /// A copy that the driver refuses.
+    pub(super) unsafe fn fetch_results(
+        &self,
+        layer: usize,
+        outputs: &mut [f32],
+        lse: &mut [f32],
+        counters: &mut [[u64; 2]],
+    ) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.outputs.read_async(&self.stream, layer * outputs.len(), outputs)?;
+            self.lse.read_async(&self.stream, layer * lse.len(), lse)?;
+            self.counters.read_async(&self.stream, layer * counters.len(), counters)
+        }
+    }
+
     /// Enqueues one layer of a sparse step.
     ///
     /// # Errors

@@ -29,6 +29,16 @@ pub enum CudaError {
         /// What the driver said.
         source: DriverError,
     },
+    /// More device memory than this process may use.
+    #[error("device memory: {wanted} bytes wanted, {used} of {limit} are in use; close sequences, or raise the limit of device bytes")]
+    Budget {
+        /// Bytes wanted.
+        wanted: u64,
+        /// Bytes in use.
+        used: u64,
+        /// The limit.
+        limit: u64,
+    },
     /// A shape or a number that there is no kernel or no room for.
     #[error("{field}: {value} is outside {low} to {high}")]
     Bound {

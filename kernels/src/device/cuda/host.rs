@@ -148,6 +148,12 @@ impl HostSegment {
     }
 }
 
+impl std::fmt::Debug for HostSegment {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HostSegment").field("file", &self.file).field("bytes", &self.bytes()).finish_non_exhaustive()
+    }
+}
+
 /// Registered segments of one layout, by number. A host place is `segment << 16 | slot`.
 pub struct HostRows {
     layout: Arc<ClassLayout>,

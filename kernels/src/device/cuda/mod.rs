@@ -8,6 +8,7 @@ pub mod buffer;
 pub mod compile;
 pub mod error;
 pub mod host;
+pub mod host_step;
 pub mod jobs;
 pub mod label;
 pub mod many;

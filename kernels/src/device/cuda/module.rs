@@ -213,7 +213,7 @@ impl Module {
 /// The modules of a device, each compiled and loaded when it is first asked for.
 pub struct Modules {
     gpu: Gpu,
-    compiler: Compiler,
+    compiler: Arc<Compiler>,
     loaded: HashMap<(Source, Specialisation), Module>,
 }
 
@@ -221,13 +221,19 @@ impl Modules {
     /// None loaded yet.
     #[must_use]
     pub fn new(gpu: Gpu, compiler: Compiler) -> Self {
-        Self { gpu, compiler, loaded: HashMap::new() }
+        Self { gpu, compiler: Arc::new(compiler), loaded: HashMap::new() }
     }
 
     /// The device.
     #[must_use]
     pub fn gpu(&self) -> &Gpu {
         &self.gpu
+    }
+
+    /// The compiler.
+    #[must_use]
+    pub fn compiler(&self) -> &Arc<Compiler> {
+        &self.compiler
     }
 
     /// A source's module for a shape of rows; the plan counts only for sources that read labels.

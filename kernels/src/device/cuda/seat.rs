@@ -74,6 +74,16 @@ impl std::ops::AddAssign for DeviceBytes {
     }
 }
 
+impl std::ops::SubAssign for DeviceBytes {
+    fn sub_assign(&mut self, other: Self) {
+        self.labels -= other.labels;
+        self.hot_rows -= other.hot_rows;
+        self.maps -= other.maps;
+        self.tail -= other.tail;
+        self.workspace -= other.workspace;
+    }
+}
+
 impl SeatShape {
     pub(super) fn lanes(&self) -> usize {
         self.geometry.heads.lanes()

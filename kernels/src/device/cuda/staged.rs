@@ -114,6 +114,10 @@ impl Device for Cuda {
         &self.name
     }
 
+    fn gpu(&self) -> Option<(Gpu, Arc<Compiler>)> {
+        Some((self.modules.gpu().clone(), Arc::clone(self.modules.compiler())))
+    }
+
     fn label(&mut self, job: &LabelJob, out: &mut [u8]) {
         let result = self.try_label(job, out);
         done(&self.name, result);

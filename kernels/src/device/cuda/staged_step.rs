@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
+use super::batch::BatchShape;
 use super::buffer::DeviceBuffer;
 use super::error::CudaError;
 use super::jobs::{BINS, LayerPlace, NOBODY, PARTS, PartCounts, REFINED, SAMPLE_PARTS, SequenceState, StepJob, VictimCounts};
@@ -13,9 +14,6 @@ use super::step::{ATTEND_THREADS, MERGE_THREADS, SAMPLE_THREADS, SCORE_THREADS, 
 use crate::device::{AttendJob, HotRows, LayerGeometry, ScoreJob, SelectJob};
 use crate::shape::RowType;
 use crate::slot::CHUNK_TOKENS;
-
-/// Rows of an attention block.
-const BLOCK_ROWS: usize = 256;
 
 /// What every staged job has: the sequence and the place of its one layer, in device memory.
 struct Seat {
@@ -225,7 +223,8 @@ pub(super) fn attend(
     let query = DeviceBuffer::from_slice(stream, job.query)?;
     let scales = DeviceBuffer::from_slice(stream, &geometry.lane_scales())?;
     let (outputs, sums) = (DeviceBuffer::<f32>::zeroed(context, output.len())?, DeviceBuffer::<f32>::zeroed(context, lse.len())?);
-    let blocks = rows.entries().div_ceil(BLOCK_ROWS);
+    let block_rows = BatchShape::block_rows(rows.entries(), lanes);
+    let blocks = rows.entries().div_ceil(block_rows);
     let partials = DeviceBuffer::<f32>::zeroed(context, lanes * blocks * group * (dim + 2))?;
     // Only whether there is a map matters here: without one, hot places would be positions.
     let map = DeviceBuffer::<u16>::zeroed(context, 1)?;
@@ -234,7 +233,7 @@ pub(super) fn attend(
         chunks: (rows.horizon / CHUNK_TOKENS) as u32,
         count: rows.listed_per_lane as u32,
         append_to: NOBODY,
-        block_rows: BLOCK_ROWS as u32,
+        block_rows: block_rows as u32,
         ..SequenceState::default()
     };
     let place = LayerPlace {

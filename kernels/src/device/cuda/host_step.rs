@@ -1,0 +1,141 @@
+//! One layer of a step for callers whose queries and results lie in host memory: inputs go to the device, a captured graph runs, results
+//! come back, and only then does the call return.
+
+use cudarc::driver::CudaGraph;
+
+use super::batch::Batch;
+use super::buffer::PinnedBuffer;
+use super::error::{CudaError, Doing};
+use super::open::Gpu;
+
+/// What a layer of a step does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayerWork {
+    /// Scores, selects, fetches and attends.
+    Sparse,
+    /// Attends the rows from the horizon on: for steps that select nothing.
+    Exact,
+}
+
+/// A captured layer.
+struct LayerGraph(CudaGraph);
+
+// SAFETY: a graph belongs to its context, not to a thread; this value is used by one thread at a time.
+unsafe impl Send for LayerGraph {}
+
+/// A batch with pinned room for one layer's inputs and results.
+pub struct HostStep {
+    batch: Batch,
+    /// By layer and work.
+    graphs: Vec<[Option<LayerGraph>; 2]>,
+    /// `[slot][query head][head_dim]`, and the outputs.
+    queries: PinnedBuffer<f32>,
+    outputs: PinnedBuffer<f32>,
+    lse: PinnedBuffer<f32>,
+    /// `[slot][lane][row_bytes]`.
+    new_rows: PinnedBuffer<u8>,
+    /// `[slot][lane]`: hits and misses since the beginning, by the last step.
+    counters: PinnedBuffer<[u64; 2]>,
+    /// `[layer][slot][lane]`: the same before it.
+    counted: Vec<[u64; 2]>,
+}
+
+/// Results of a slot.
+#[derive(Clone, Copy, Debug)]
+pub struct SlotResult<'a> {
+    /// `[query head][head_dim]`.
+    pub output: &'a [f32],
+    /// `[query head]`, natural.
+    pub lse: &'a [f32],
+    /// Selected rows of all lanes that were hot.
+    pub hits: u64,
+}
+
+impl HostStep {
+    /// Pinned room for a batch.
+    ///
+    /// # Errors
+    /// Memory that cannot be pinned.
+    pub fn new(gpu: &Gpu, batch: Batch) -> Result<Self, CudaError> {
+        let (shape, layers) = (batch.shape(), batch.layers());
+        let heads = shape.slots * shape.geometry.heads.query_heads();
+        let lanes = shape.slots * shape.geometry.heads.lanes();
+        let context = &gpu.context;
+        Ok(Self {
+            graphs: (0..layers).map(|_| [None, None]).collect(),
+            queries: PinnedBuffer::zeroed(context, heads * shape.geometry.head_dim)?,
+            outputs: PinnedBuffer::zeroed(context, heads * shape.geometry.head_dim)?,
+            lse: PinnedBuffer::zeroed(context, heads)?,
+            new_rows: PinnedBuffer::zeroed(context, lanes * shape.geometry.row_bytes())?,
+            counters: PinnedBuffer::zeroed(context, lanes)?,
+            counted: vec![[0; 2]; layers * lanes],
+            batch,
+        })
+    }
+
+    /// The batch. Between steps.
+    #[must_use]
+    pub fn batch(&self) -> &Batch {
+        &self.batch
+    }
+
+    /// The batch. Between steps.
+    pub fn batch_mut(&mut self) -> &mut Batch {
+        &mut self.batch
+    }
+
+    /// Where a slot's query, `[query head][head_dim]`, and newest rows, `[lane][row_bytes]`, go before [`HostStep::perform`].
+    pub fn input(&mut self, slot: usize) -> (&mut [f32], &mut [u8]) {
+        let geometry = &self.batch.shape().geometry;
+        let (values, bytes) = (geometry.heads.query_heads() * geometry.head_dim, geometry.heads.lanes() * geometry.row_bytes());
+        (&mut self.queries[slot * values..(slot + 1) * values], &mut self.new_rows[slot * bytes..(slot + 1) * bytes])
+    }
+
+    /// Performs one layer for everybody seated, by the lengths set, and waits for the results.
+    ///
+    /// # Errors
+    /// A copy or launch that the driver refuses, or a failure of the device.
+    pub fn perform(&mut self, layer: usize, work: LayerWork) -> Result<(), CudaError> {
+        self.capture(layer, work)?;
+        let lanes = self.counters.len();
+        self.batch.send_states()?;
+        // SAFETY: the pinned inputs belong to this value and stay as they are until the stream has been waited for below.
+        unsafe { self.batch.send_inputs(layer, &self.queries, &self.new_rows)? };
+        let graph = self.graphs[layer][work as usize].as_ref().ok_or(CudaError::NothingCaptured)?;
+        graph.0.launch().doing("launching a layer")?;
+        // SAFETY: the pinned results belong to this value and are read after the stream has been waited for.
+        unsafe { self.batch.fetch_results(layer, &mut self.outputs, &mut self.lse, &mut self.counters)? };
+        self.batch.wait()?;
+        // Counters of a layer run on; what this step added is kept in place of what they say.
+        for (now, before) in self.counters.iter_mut().zip(&mut self.counted[layer * lanes..(layer + 1) * lanes]) {
+            let counts = *now;
+            *now = [counts[0] - before[0], counts[1] - before[1]];
+            *before = counts;
+        }
+        Ok(())
+    }
+
+    fn capture(&mut self, layer: usize, work: LayerWork) -> Result<(), CudaError> {
+        if self.graphs[layer][work as usize].is_none() {
+            let graph = self.batch.capture(|| match work {
+                LayerWork::Sparse => self.batch.enqueue_layer(layer),
+                LayerWork::Exact => self.batch.enqueue_dense_layer(layer),
+            })?;
+            self.graphs[layer][work as usize] = Some(LayerGraph(graph));
+        }
+        Ok(())
+    }
+
+    /// Results of a slot in the layer performed last.
+    #[must_use]
+    pub fn result(&self, slot: usize) -> SlotResult<'_> {
+        let geometry = &self.batch.shape().geometry;
+        let (heads, lanes) = (geometry.heads.query_heads(), geometry.heads.lanes());
+        let of_slot = slot * heads..(slot + 1) * heads;
+        SlotResult {
+            output: &self.outputs[of_slot.start * geometry.head_dim..of_slot.end * geometry.head_dim],
+            lse: &self.lse[of_slot],
+            hits: self.counters[slot * lanes..(slot + 1) * lanes].iter().map(|counts| counts[0]).sum(),
+        }
+    }
+}
