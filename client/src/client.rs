@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use sluice_kernels::budget::Settings;
+use sluice_kernels::decoder::DeviceLimits;
 use sluice_kernels::label::Calibration;
 use sluice_proto::v1;
 
@@ -50,8 +51,9 @@ impl Client {
     /// # Errors
     /// No such address, or nobody answers there within the retries.
     pub fn connect(endpoint: &str, config: ClientConfig) -> Result<Self, ClientError> {
+        let limits = DeviceLimits { device_bytes: config.device_bytes, hot_rows: 0 };
         let connection = Connection::open(Endpoint::parse(endpoint)?, config)?;
-        let client = Self { shared: Arc::new(Shared { connection, local: Local::default() }) };
+        let client = Self { shared: Arc::new(Shared { connection, local: Local::new(limits) }) };
         client.stats()?;
         Ok(client)
     }

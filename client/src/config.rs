@@ -22,6 +22,8 @@ pub struct ClientConfig {
     pub message_bytes_max: usize,
     /// Most requests on the Decode stream without a reply.
     pub stream_in_flight: usize,
+    /// Bytes of a GPU's memory that the direct sessions of this client may take; 0: nine tenths of what is free at the first step.
+    pub device_bytes: u64,
 }
 
 impl Default for ClientConfig {
@@ -34,6 +36,7 @@ impl Default for ClientConfig {
             retry_backoff: Duration::from_millis(50),
             message_bytes_max: 64 << 20,
             stream_in_flight: 16,
+            device_bytes: 0,
         }
     }
 }

@@ -43,6 +43,14 @@ pub(crate) struct DirectWay {
 /// Shortest time between two attempts to open the side socket again.
 const REATTACH_PAUSE: Duration = Duration::from_millis(250);
 
+impl Drop for DirectWay {
+    /// What a device holds of the sequence goes with the session, not with the next one's first step.
+    fn drop(&mut self) {
+        self.sequence.forget_device_state();
+        self.decoder.lock().sweep();
+    }
+}
+
 impl DirectWay {
     pub(crate) fn attach(core: &mut Core, device: DeviceKind, threads: usize) -> Result<Self, ClientError> {
         let decoder = core.client.local().decoder(device, threads)?;
@@ -367,5 +375,6 @@ fn costs_of(costs: &Costs) -> StepReport {
         select_ns: nanoseconds(costs.select),
         gather_ns: nanoseconds(costs.gather),
         attend_ns: nanoseconds(costs.attend),
+        fused_ns: nanoseconds(costs.fused),
     }
 }

@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
-use sluice_kernels::decoder::Decoder;
+use sluice_kernels::decoder::{Decoder, DeviceLimits};
 use sluice_kernels::device::{self, DeviceKind};
 use sluice_kernels::label::Calibration;
 use sluice_kernels::shared::segment::{LabelSegment, Segment};
@@ -22,6 +22,7 @@ pub(crate) type SharedDecoder = Arc<Mutex<Decoder>>;
 /// Shared by all direct sessions of a client.
 #[derive(Default)]
 pub(crate) struct Local {
+    limits: DeviceLimits,
     decoders: Mutex<HashMap<(DeviceKind, usize), SharedDecoder>>,
     rows: Mutex<HashMap<FileKey, Weak<Segment>>>,
     labels: Mutex<HashMap<(FileKey, u64), Weak<LabelSegment>>>,
@@ -38,13 +39,18 @@ pub(crate) struct Known {
 }
 
 impl Local {
+    /// Nothing yet; decoders will have these limits.
+    pub(crate) fn new(limits: DeviceLimits) -> Self {
+        Self { limits, ..Self::default() }
+    }
+
     /// The decoder of a device with so many threads, opened at its first use.
     pub(crate) fn decoder(&self, kind: DeviceKind, threads: usize) -> Result<SharedDecoder, ClientError> {
         let mut decoders = self.decoders.lock();
         if let Some(decoder) = decoders.get(&(kind, threads)) {
             return Ok(Arc::clone(decoder));
         }
-        let decoder = Arc::new(Mutex::new(Decoder::new(device::open(kind, threads)?)));
+        let decoder = Arc::new(Mutex::new(Decoder::new(device::open(kind, threads)?).with_limits(self.limits)));
         decoders.insert((kind, threads), Arc::clone(&decoder));
         Ok(decoder)
     }

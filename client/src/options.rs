@@ -42,7 +42,8 @@ pub struct OpenOptions {
     pub open_slots: u32,
     /// Lanes of every layer that this session writes and attends (direct only); `None`: all.
     pub lanes: Option<Range<u16>>,
-    /// Hot rows that a lane keeps (direct only; in Stream it is the daemon's configuration); 0: none.
+    /// Hot rows that a lane keeps (direct only; in Stream it is the daemon's configuration); 0: none on the CPU, three times the rows of a
+    /// step on a GPU.
     pub hot_rows: usize,
     /// Calibration from the first prompt, for a model that has none.
     pub calibrate: Option<OnlineCalibration>,

@@ -72,6 +72,8 @@ pub struct StepReport {
     pub gather_ns: u64,
     /// Attending, nanoseconds.
     pub attend_ns: u64,
+    /// All of it, on a device that does not tell the parts apart (a GPU), nanoseconds.
+    pub fused_ns: u64,
 }
 
 impl AddAssign for StepReport {
@@ -84,6 +86,7 @@ impl AddAssign for StepReport {
         self.select_ns += other.select_ns;
         self.gather_ns += other.gather_ns;
         self.attend_ns += other.attend_ns;
+        self.fused_ns += other.fused_ns;
     }
 }
 
@@ -98,6 +101,7 @@ impl From<v1::StepReport> for StepReport {
             select_ns: report.select_nanoseconds,
             gather_ns: report.gather_nanoseconds,
             attend_ns: report.attend_nanoseconds,
+            fused_ns: report.fused_nanoseconds,
         }
     }
 }

@@ -126,6 +126,18 @@ fn levels(counters: &Counters) -> Vec<Family> {
                 ("spare_slots", counters.spare_slot_bytes.get()),
             ],
         ),
+        by(
+            "sluice_device_memory_bytes",
+            "GPU memory that the daemon's own decoder uses, by kind; zero on the CPU.",
+            "kind",
+            &[
+                ("labels", counters.device_label_bytes.get()),
+                ("hot_rows", counters.device_hot_bytes.get()),
+                ("maps", counters.device_map_bytes.get()),
+                ("newest_rows", counters.device_tail_bytes.get()),
+                ("workspace", counters.device_workspace_bytes.get()),
+            ],
+        ),
     ]
 }
 
@@ -161,11 +173,17 @@ fn latencies(counters: &Counters) -> Vec<Family> {
         ("select", &counters.step_select),
         ("gather", &counters.step_gather),
         ("attend", &counters.step_attend),
+        ("fused", &counters.step_fused),
     ];
     let step = "One sequence and layer of a step of the daemon's own decoder.";
     vec![
         histograms("sluice_step_seconds", step, "", &[("", &counters.step)]),
-        histograms("sluice_step_part_seconds", "The parts of such a step.", "part", &parts),
+        histograms(
+            "sluice_step_part_seconds",
+            "The parts of such a step; fused: all of it, on a GPU, whose launches overlap.",
+            "part",
+            &parts,
+        ),
         histograms("sluice_seal_seconds", "One seal of a chunk: copy, checksum, check, labels.", "", &[("", &counters.seal)]),
         histograms("sluice_journal_commit_seconds", "One commit of the journal.", "", &[("", &counters.journal_commit)]),
     ]

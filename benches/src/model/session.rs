@@ -49,6 +49,7 @@ impl Steps for SessionSteps {
             select: Duration::from_nanos(report.select_ns),
             gather: Duration::from_nanos(report.gather_ns),
             attend: Duration::from_nanos(report.attend_ns),
+            fused: Duration::from_nanos(report.fused_ns),
         })
     }
 

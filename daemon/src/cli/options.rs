@@ -31,7 +31,7 @@ pub struct ConfigOptions {
     /// Bytes of rows that sealed chunks may take, such as 8GiB (arena.capacity_bytes).
     #[arg(long, value_name = "BYTES")]
     arena_bytes: Option<String>,
-    /// Device of the daemon's own decoder: cpu or reference (decode.device).
+    /// Device of the daemon's own decoder: cpu, cuda:N or reference (decode.device).
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
     /// Threads of the cpu device, 0 for all cores (decode.threads).

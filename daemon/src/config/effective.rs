@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use sluice_kernels::budget::Settings;
 
-use super::file::{ConfigFile, DeviceName, LogSection};
+use super::file::{ConfigFile, LogSection};
 use super::{ByteCount, ConfigError};
-use crate::engine::{DecoderDevice, EngineConfig};
+use crate::engine::EngineConfig;
 
 /// A checked configuration.
 #[derive(Clone, Debug)]
@@ -106,6 +106,7 @@ impl ConfigFile {
         least("arena.open_bytes", arena.open_bytes, 1 << 20, "1 MiB to 1 PiB")?;
         within("arena.spare_files", arena.spare_files, 0..=64, "0 to 64")?;
         least("decode.hot_bytes", decode.hot_bytes, 0, "0 to 1 PiB")?;
+        least("decode.device_bytes", decode.device_bytes, 0, "0 to 1 PiB")?;
         within("limits.sequence_tokens", limits.sequence_tokens, 1024..=1 << 24, "1024 to 16777216")?;
         within("limits.parked_sequences", limits.parked_sequences, 0..=1 << 20, "0 to 1048576")?;
         count("limits.sequences", limits.sequences)?;
@@ -143,10 +144,9 @@ impl ConfigFile {
             decode_queue: limits.decode_queue,
             decode_batch_max: limits.decode_batch,
             message_bytes_max: limits.message_bytes.0 as usize,
-            device: match decode.device {
-                DeviceName::Reference => DecoderDevice::Reference,
-                DeviceName::Cpu => DecoderDevice::Cpu { threads: decode.threads },
-            },
+            device: decode.device,
+            device_threads: decode.threads,
+            device_bytes: decode.device_bytes.0,
             hot_bytes: decode.hot_bytes.0,
             settings_default: Settings {
                 budget: decode.ratio.budget(decode.floor_tokens, decode.cap_tokens),

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use sluice_kernels::budget::{Budget, Settings};
+use sluice_kernels::device::DeviceKind;
 
 use super::units::{ByteCount, RatioText};
-use crate::engine::{DecoderDevice, EngineConfig};
+use crate::engine::EngineConfig;
 
 /// All sections. Every key has a default; unknown keys are refused.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -114,25 +115,20 @@ pub struct SealSection {
     pub lease_poll_milliseconds: u64,
 }
 
-/// A device of the daemon's own decoder.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DeviceName {
-    /// SIMD on several threads.
-    Cpu,
-    /// The plain single-threaded oracle: slow, for tests.
-    Reference,
-}
-
 /// The daemon's own decoder (Stream clients, labels) and the settings of a sequence whose Open names none.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DecodeSection {
-    /// `cpu` or `reference`. Default: `cpu`.
-    pub device: DeviceName,
+    /// `cpu` (SIMD on several threads), `cuda:N` (GPU N of those that the driver shows) or `reference` (the plain oracle: slow, for tests).
+    /// A GPU that is missing is an error at start. Default: `cpu`.
+    pub device: DeviceKind,
     /// Threads of the cpu device; 0: all cores. Default: 0. At most 1024.
     pub threads: usize,
-    /// Bytes of hot rows a sequence may have; 0: none, every selected row is read from its slot. Default: 0.
+    /// Bytes of a GPU's memory that sequences may take (labels, hot rows, newest rows, working room), growth included; a sequence that does
+    /// not fit is refused. 0: nine tenths of what is free at the first step. Default: 0.
+    pub device_bytes: ByteCount,
+    /// Bytes of hot rows a sequence may have. 0: none on the cpu device, where every selected row is read from its slot; on a GPU three
+    /// times as many rows as a step selects. Default: 0.
     pub hot_bytes: ByteCount,
     /// Tokens that a lane selects in a step, as a part of the length (`1/16`), or `dense`. Default: `1/16`.
     pub ratio: RatioText,
@@ -225,10 +221,7 @@ impl Default for SealSection {
 impl Default for DecodeSection {
     fn default() -> Self {
         let engine = EngineConfig::default();
-        let (device, threads) = match engine.device {
-            DecoderDevice::Reference => (DeviceName::Reference, 0),
-            DecoderDevice::Cpu { threads } => (DeviceName::Cpu, threads),
-        };
+        let (device, threads, device_bytes) = (engine.device, engine.device_threads, ByteCount(engine.device_bytes));
         let Settings { budget, exact_tokens, sink_tokens } = engine.settings_default;
         let (ratio, floor_tokens, cap_tokens) = match budget {
             Budget::Dense => (RatioText::Dense, 0, 0),
@@ -237,7 +230,7 @@ impl Default for DecodeSection {
             }
         };
         let hot_bytes = ByteCount(engine.hot_bytes);
-        Self { device, threads, hot_bytes, ratio, floor_tokens, cap_tokens, exact_tokens, sink_tokens }
+        Self { device, threads, device_bytes, hot_bytes, ratio, floor_tokens, cap_tokens, exact_tokens, sink_tokens }
     }
 }
 

@@ -15,7 +15,7 @@ use figment::value::Value;
 use thiserror::Error;
 
 pub use effective::{Config, GrpcLimits, Listen};
-pub use file::{ArenaSection, ConfigFile, DecodeSection, DeviceName, LimitsSection, ListenSection, LogFormat, LogSection, SealSection};
+pub use file::{ArenaSection, ConfigFile, DecodeSection, LimitsSection, ListenSection, LogFormat, LogSection, SealSection};
 pub use units::{ByteCount, RatioText};
 
 /// Read when no file is named and this one exists.

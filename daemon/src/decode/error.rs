@@ -43,6 +43,8 @@ impl DecodeError {
         match self {
             Self::Engine(error) => error.refusal(),
             Self::Sequence(error) | Self::Step(StepError::Sequence(error)) => of_sequence(error),
+            Self::Step(StepError::Device(error)) if error.is_exhausted() => Refusal::ResourceExhausted,
+            Self::Step(StepError::Device(_)) => Refusal::Internal,
             Self::Step(_) | Self::Invalid { .. } => Refusal::InvalidArgument,
         }
     }

@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 use prost::bytes::Bytes;
-use sluice_kernels::decoder::{Decoder, LaneRows, StepReport};
+use sluice_kernels::decoder::{Decoder, DeviceLimits, LaneRows, StepReport};
 use sluice_kernels::shape::ModelShape;
 use tokio::sync::oneshot;
 
 use crate::engine::command::LeaseKey;
-use crate::engine::config::{DecoderDevice, EngineConfig};
+use crate::engine::config::EngineConfig;
 use crate::engine::{EngineError, EngineHandle, EngineState};
 
 pub use error::DecodeError;
@@ -141,7 +141,7 @@ pub fn start(engine: EngineHandle) -> Result<DecodeHandle, EngineError> {
     let (sender, receiver) = bounded(config.decode_queue);
     let name = Arc::from(device.name());
     let mut thread = DecodeThread {
-        decoder: Decoder::new(device),
+        decoder: Decoder::new(device).with_limits(DeviceLimits { device_bytes: config.device_bytes, hot_rows: 0 }),
         hosts: Hosts::new(engine.clone()),
         touched: HashMap::new(),
         message_bytes_max: config.message_bytes_max,
@@ -159,12 +159,9 @@ pub fn start(engine: EngineHandle) -> Result<DecodeHandle, EngineError> {
 
 fn open_device(config: &EngineConfig) -> Result<Box<dyn sluice_kernels::device::Device>, EngineError> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let (kind, threads) = match config.device {
-        DecoderDevice::Reference => (sluice_kernels::device::DeviceKind::Reference, 1),
-        DecoderDevice::Cpu { threads: 0 } => (sluice_kernels::device::DeviceKind::Cpu, cores),
-        DecoderDevice::Cpu { threads } => (sluice_kernels::device::DeviceKind::Cpu, threads),
-    };
-    sluice_kernels::device::open(kind, threads).map_err(|error| EngineError::invalid("device", error, "devices of this build"))
+    let threads = if config.device_threads == 0 { cores } else { config.device_threads };
+    sluice_kernels::device::open(config.device, threads)
+        .map_err(|error| EngineError::invalid("decode.device", error, "devices of this machine"))
 }
 
 /// State of the thread.
@@ -189,6 +186,8 @@ impl DecodeThread {
             if next_sweep <= Instant::now() {
                 next_sweep = Instant::now() + SWEEP;
                 self.hosts.sweep();
+                self.decoder.sweep();
+                self.count_device_bytes();
                 self.touched.retain(|_, at| at.elapsed() <= TOUCH);
                 if *self.engine.state().borrow() != EngineState::Ready {
                     return;
@@ -237,15 +236,28 @@ impl DecodeThread {
     fn count(&self, report: &StepReport, elapsed: Duration) {
         let counters = self.engine.counters();
         counters.step.observe(elapsed);
-        counters.step_score.observe(report.score);
-        counters.step_select.observe(report.select);
-        counters.step_gather.observe(report.gather);
-        counters.step_attend.observe(report.attend);
+        if report.fused.is_zero() {
+            counters.step_score.observe(report.score);
+            counters.step_select.observe(report.select);
+            counters.step_gather.observe(report.gather);
+            counters.step_attend.observe(report.attend);
+        } else {
+            counters.step_fused.observe(report.fused);
+        }
         counters.selected_rows.add(report.selected_rows);
         counters.hot_hits.add(report.hot_rows);
         counters.hot_misses.add(report.selected_rows - report.hot_rows);
         counters.row_bytes_read.add(report.row_bytes);
         counters.label_bytes_read.add(report.label_bytes);
+    }
+
+    fn count_device_bytes(&self) {
+        let (counters, bytes) = (self.engine.counters(), self.decoder.device_bytes());
+        counters.device_label_bytes.set(bytes.labels);
+        counters.device_hot_bytes.set(bytes.hot_rows);
+        counters.device_map_bytes.set(bytes.maps);
+        counters.device_tail_bytes.set(bytes.tail);
+        counters.device_workspace_bytes.set(bytes.workspace);
     }
 
     /// The holder of a Stream lease is this thread: it lowers the committed word first, as every holder must.

@@ -4,19 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use sluice_kernels::budget::Settings;
+use sluice_kernels::device::DeviceKind;
 use thiserror::Error;
-
-/// The device that performs the decode steps of Stream clients, and how it may use the machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DecoderDevice {
-    /// The plain single-threaded oracle.
-    Reference,
-    /// SIMD on this many threads; 0: all cores.
-    Cpu {
-        /// Worker threads.
-        threads: usize,
-    },
-}
 
 /// What the engine may use. Every queue, pool and wait of the engine has its bound here.
 #[derive(Clone, Debug)]
@@ -57,9 +46,14 @@ pub struct EngineConfig {
     pub decode_batch_max: usize,
     /// Bytes that one Decode or Append message may carry.
     pub message_bytes_max: usize,
-    /// Device of the daemon's own decoder and labeller.
-    pub device: DecoderDevice,
-    /// Bytes of hot rows a sequence may have in the daemon's own decoder; 0: no pool, every selected row is read where it lies.
+    /// Device of the daemon's own decoder.
+    pub device: DeviceKind,
+    /// Compute threads of the cpu device; 0: all cores.
+    pub device_threads: usize,
+    /// Bytes of a GPU's memory that the daemon's own decoder may take; 0: nine tenths of what is free at the first step.
+    pub device_bytes: u64,
+    /// Bytes of hot rows a sequence may have in the daemon's own decoder; 0: no pool on the CPU, where every selected row is read where it
+    /// lies, and three times the rows of a step on a GPU.
     pub hot_bytes: u64,
     /// Settings of a sequence whose Open names none.
     pub settings_default: Settings,
@@ -108,7 +102,9 @@ impl Default for EngineConfig {
             decode_queue: 64,
             decode_batch_max: 256,
             message_bytes_max: 64 << 20,
-            device: DecoderDevice::Cpu { threads: 0 },
+            device: DeviceKind::Cpu,
+            device_threads: 0,
+            device_bytes: 0,
             hot_bytes: 0,
             settings_default: Settings::default(),
             stream_idle: Duration::from_secs(300),

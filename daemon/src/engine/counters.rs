@@ -158,6 +158,16 @@ pub struct Counters {
     pub open_slot_bytes: Level,
     /// Bytes of open slot files that were made ahead.
     pub spare_slot_bytes: Level,
+    /// Labels in the memory of the decoder's GPU.
+    pub device_label_bytes: Level,
+    /// Hot rows there.
+    pub device_hot_bytes: Level,
+    /// Maps of hot rows there.
+    pub device_map_bytes: Level,
+    /// Rows from the horizon on there.
+    pub device_tail_bytes: Level,
+    /// Working room of steps there.
+    pub device_workspace_bytes: Level,
     /// Tokens of Opens that were found in the arena.
     pub prefix_hit_tokens: Count,
     /// Tokens of Opens that were not.
@@ -196,6 +206,8 @@ pub struct Counters {
     pub step_gather: Latency,
     /// Its attention.
     pub step_attend: Latency,
+    /// All of a step, on a device that does not tell its parts apart.
+    pub step_fused: Latency,
     /// One seal job.
     pub seal: Latency,
     /// One journal commit.

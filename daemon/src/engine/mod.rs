@@ -33,7 +33,7 @@ mod window;
 
 use std::sync::Arc;
 
-pub use config::{DecoderDevice, EngineConfig};
+pub use config::EngineConfig;
 pub use counters::Counters;
 pub use error::EngineError;
 pub use handle::{EngineHandle, EngineState};

@@ -8,8 +8,10 @@ use std::time::Instant;
 use crossbeam::channel::{Receiver, Sender, bounded, select};
 use tokio::sync::{oneshot, watch};
 
+use sluice_kernels::device::DeviceKind;
+
 use crate::engine::command::{Command, RegisterModel, Registered, Reply};
-use crate::engine::config::{DecoderDevice, EngineConfig};
+use crate::engine::config::EngineConfig;
 use crate::engine::counters::Counters;
 use crate::engine::error::EngineError;
 use crate::engine::handle::{EngineHandle, EngineState, Keeper};
@@ -79,9 +81,10 @@ fn start_worker(
     jobs: &Receiver<Job>,
     results: &Sender<JobResult>,
 ) -> Result<JoinHandle<()>, EngineError> {
+    // Labels have the same bits on every device; chunks lie in host memory, so a GPU's are made by the processor too.
     let kind = match config.device {
-        DecoderDevice::Reference => sluice_kernels::device::DeviceKind::Reference,
-        DecoderDevice::Cpu { .. } => sluice_kernels::device::DeviceKind::Cpu,
+        DeviceKind::Reference => DeviceKind::Reference,
+        DeviceKind::Cpu | DeviceKind::Cuda { .. } => DeviceKind::Cpu,
     };
     let device = sluice_kernels::device::open(kind, 1).map_err(|error| EngineError::Internal(error.to_string()))?;
     let worker = Worker { device, counters: Arc::clone(counters), scratch: Vec::new() };

@@ -188,6 +188,7 @@ fn step_result(engine: &EngineHandle, sequence_id: u64, result: Result<StepDone,
         select_nanoseconds: costs.select.as_nanos() as u64,
         gather_nanoseconds: costs.gather.as_nanos() as u64,
         attend_nanoseconds: costs.attend.as_nanos() as u64,
+        fused_nanoseconds: costs.fused.as_nanos() as u64,
     });
     v1::StepResult {
         sequence_id,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use sluice_daemon::decode::{Answer, DecodeError, StepDone, StepWork};
 use sluice_daemon::engine::command::{LeaseKey, Open, Opened, Peer, RegisterModel};
-use sluice_daemon::engine::{Counters, DecoderDevice, Engine, EngineConfig, EngineError, EngineHandle, EngineState};
+use sluice_daemon::engine::{Counters, Engine, EngineConfig, EngineError, EngineHandle, EngineState};
 use sluice_kernels::shape::{LaneKind, LayerShape, ModelShape, RowType};
 
 /// Values of a row: key, then value.
@@ -19,7 +19,7 @@ pub(crate) fn config(folder: &Path) -> EngineConfig {
         segment_bytes: 4 << 20,
         open_bytes_max: 256 << 20,
         max_tokens: 16 * 1024,
-        device: DecoderDevice::Cpu { threads: 1 },
+        device_threads: 1,
         side_socket: folder.join("side.sock"),
         lease_poll: std::time::Duration::from_millis(20),
         ..EngineConfig::default()

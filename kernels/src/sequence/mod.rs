@@ -428,6 +428,11 @@ impl Sequence {
         self.resident = None;
     }
 
+    /// Drops what a device holds of this sequence; the next step brings it there again.
+    pub fn forget_device_state(&mut self) {
+        self.resident = None;
+    }
+
     pub(crate) fn hot_rows_wanted(&self) -> usize {
         self.hot_rows_wanted
     }

@@ -77,6 +77,14 @@ pub enum CudaError {
     },
 }
 
+impl CudaError {
+    /// Whether there was too little memory, so that the same call may succeed once sequences are closed.
+    #[must_use]
+    pub fn is_exhausted(&self) -> bool {
+        matches!(self, Self::Memory { .. } | Self::Budget { .. })
+    }
+}
+
 /// Says what was being done when the driver refused.
 pub trait Doing<T> {
     /// Joins the driver's word with ours.
