@@ -22,7 +22,7 @@ use sluice_kernels::budget::Settings;
 use sluice_kernels::shape::RowType;
 use support::daemon::quick;
 use support::rows::{path_hashes, token_ids};
-use support::{DIRECT, bits, decode, hybrid_shape, options, register, try_fill, verify_rows};
+use support::{bits, decode, direct, hybrid_shape, options, register, try_fill, verify_rows};
 use xxhash_rust::xxh3::xxh3_64;
 
 struct Arguments {
@@ -47,7 +47,7 @@ fn arguments() -> Option<Arguments> {
     Some(Arguments {
         socket,
         model,
-        attach: if attach == "direct" { DIRECT } else { Attach::Stream },
+        attach: if attach == "direct" { direct() } else { Attach::Stream },
         seed,
         prompt: prompt as usize,
         target: target as usize,

@@ -23,7 +23,7 @@ use std::process::ExitCode;
 use sluice_client::{AttendMode, Client, ClientError, OpenOptions, Session, Step, StepOut, Truncation};
 use support::daemon::quick;
 use support::rows::{path_hashes, query_of, rows_of, token_ids};
-use support::{DIRECT, lane_shape, options, register, sparse_settings};
+use support::{direct, lane_shape, options, register, sparse_settings};
 
 struct LaneWorker {
     session: Session,
@@ -41,7 +41,7 @@ fn main() -> ExitCode {
     let lanes = number(first_lane) as u16..number(end_lane) as u16;
     let client = Client::connect(socket, quick()).expect("connect");
     let model = register(&client, model, &lane_shape());
-    let options = OpenOptions { lanes: Some(lanes.clone()), ..options(DIRECT, sparse_settings()) };
+    let options = OpenOptions { lanes: Some(lanes.clone()), ..options(direct(), sparse_settings()) };
     let session = match number(sequence) {
         0 => client.open(&model, &[], &options),
         id => client.join(&model, id, number(generation), &options),

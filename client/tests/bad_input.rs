@@ -332,7 +332,7 @@ fn the_library_refuses_what_cannot_be_sent() {
     let daemon = Daemon::start(DaemonOptions::default());
     let client = daemon.client();
     let model = register(&client, "library", &plain_shape(RowType::F32));
-    for attach in [Attach::Stream, support::DIRECT] {
+    for attach in [Attach::Stream, support::direct()] {
         let ids = token_ids(4, 300);
         let mut session = client.open(&model, &ids, &options(attach, Settings::dense())).expect("open");
         fill(&mut session, &ids);

@@ -12,7 +12,7 @@ use sluice_kernels::shape::{LaneKind, ModelShape, RowType};
 use support::daemon::{Daemon, DaemonOptions};
 use support::oracle::{assert_close, dense};
 use support::rows::{path_hashes, query_of, rows_of, token_ids};
-use support::{DIRECT, ask, bits, decode, fill, hybrid_shape, options, plain_shape, register, sparse_settings, verify_rows};
+use support::{ask, bits, decode, direct, fill, hybrid_shape, options, plain_shape, register, sparse_settings, tolerance, verify_rows};
 
 /// Opens with online calibration and fills the prompt by dense steps, which the calibration sees.
 fn calibrated(client: &sluice_client::Client, model: &sluice_client::Model, attach: Attach, ids: &[u32]) -> Session {
@@ -61,7 +61,7 @@ fn stream_and_direct_are_equal_to_the_bit_and_the_daemon_may_be_stopped() {
         let ids = token_ids(1, 1500);
         let paths = path_hashes(&ids);
         let mut stream = calibrated(&client, &model, Attach::Stream, &ids[..1400]);
-        let mut direct = client.open(&model, &ids[..1400], &options(DIRECT, sparse_settings())).expect("open");
+        let mut direct = client.open(&model, &ids[..1400], &options(direct(), sparse_settings())).expect("open");
         assert!(direct.matched_tokens() >= 1280, "{} matched of a prompt whose 5 full chunks were sealed", direct.matched_tokens());
         fill(&mut direct, &ids[..1400]);
         let streamed: Vec<Vec<u32>> =
@@ -99,7 +99,7 @@ fn agrees_with_the_oracle(client: &Client, shape: &ModelShape) {
     let everything =
         Settings { budget: Budget::Ratio { numerator: 1, denominator: 1, floor_tokens: 0, cap_tokens: 0 }, ..sparse_settings() };
     let mut made = calibrated(client, &model, Attach::Stream, &ids);
-    for attach in [Attach::Stream, DIRECT] {
+    for attach in [Attach::Stream, direct()] {
         let mut session = client.open(&model, &ids, &options(attach, everything)).expect("open");
         fill(&mut session, &ids);
         for position in [0, 63, 255, 256, 300, 511, 512, 699] {
@@ -111,8 +111,8 @@ fn agrees_with_the_oracle(client: &Client, shape: &ModelShape) {
                 let (expected, expected_lse) = dense(&paths, position, layer, shape);
                 for attend in [AttendMode::Sparse, AttendMode::Dense] {
                     let (output, log_sum_exp) = ask(&mut session, position, layer, attend);
-                    assert_close(&format!("{attach:?} {attend:?} output of layer {layer} at {position}"), &output, &expected, 2e-5);
-                    assert_close("log-sum-exp", &log_sum_exp, &expected_lse, 2e-5);
+                    assert_close(&format!("{attach:?} {attend:?} output of layer {layer} at {position}"), &output, &expected, tolerance());
+                    assert_close("log-sum-exp", &log_sum_exp, &expected_lse, tolerance());
                 }
             }
         }
@@ -130,7 +130,7 @@ fn a_batch_gives_what_its_steps_give_alone() {
     let shape = plain_shape(RowType::F32);
     let model = register(&client, "batch", &shape);
     let mut sessions = Vec::new();
-    for (index, attach) in [Attach::Stream, DIRECT, Attach::Stream, Attach::Stream].into_iter().enumerate() {
+    for (index, attach) in [Attach::Stream, direct(), Attach::Stream, Attach::Stream].into_iter().enumerate() {
         let ids = token_ids(100 + index as u64, 150 + 200 * index);
         let mut session = client.open(&model, &ids, &options(attach, sparse_settings())).expect("open");
         fill(&mut session, &ids);

@@ -9,7 +9,7 @@ use sluice_kernels::label::{Calibration, LabelPlan, LaneCalibration, LayerCalibr
 use sluice_kernels::shape::RowType;
 use support::daemon::{Daemon, DaemonOptions};
 use support::rows::token_ids;
-use support::{DIRECT, ask, bits, fill, options, plain_shape, register, sparse_settings};
+use support::{ask, bits, direct, fill, options, plain_shape, register, sparse_settings};
 
 const TOKENS: usize = 3000;
 
@@ -25,7 +25,7 @@ fn calibration() -> Calibration {
 fn sealed(client: &Client, name: &str) -> Model {
     let model = register(client, name, &plain_shape(RowType::F16));
     let ids = token_ids(3, TOKENS);
-    let mut session = client.open(&model, &ids, &options(DIRECT, sparse_settings())).expect("open");
+    let mut session = client.open(&model, &ids, &options(direct(), sparse_settings())).expect("open");
     fill(&mut session, &ids);
     session.wait_sealed(TOKENS, Duration::from_secs(20)).expect("sealed");
     session.close().expect("close");
@@ -35,7 +35,7 @@ fn sealed(client: &Client, name: &str) -> Model {
 /// What sparse steps over the sealed prompt answer.
 fn answers(client: &Client, model: &Model) -> Vec<Vec<u32>> {
     let ids = token_ids(3, TOKENS);
-    let mut session = client.open(model, &ids, &options(DIRECT, sparse_settings())).expect("open");
+    let mut session = client.open(model, &ids, &options(direct(), sparse_settings())).expect("open");
     assert_eq!(session.matched_tokens(), TOKENS / 256 * 256);
     let positions = (1000..TOKENS / 256 * 256).step_by(333);
     let answers = positions.flat_map(|position| [0, 1].map(|layer| bits(&ask(&mut session, position, layer, AttendMode::Sparse).0)));

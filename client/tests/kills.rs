@@ -16,7 +16,7 @@ use sluice_kernels::shape::RowType;
 use sluice_proto::v1::SequenceState;
 use support::daemon::{Daemon, DaemonOptions, eventually, target_folder};
 use support::rows::{mix, path_hashes, token_ids};
-use support::{DIRECT, bits, decode, fill, hybrid_shape, options, register};
+use support::{bits, decode, direct, fill, hybrid_shape, options, register};
 use xxhash_rust::xxh3::xxh3_64;
 
 const ROUNDS: u64 = 100;
@@ -118,7 +118,7 @@ fn undisturbed(client: &Client, seed: u64) -> HashMap<usize, String> {
     let model = register(client, "kills, undisturbed", &hybrid_shape(RowType::F16));
     let ids = token_ids(seed, TARGET);
     let paths = path_hashes(&ids);
-    let mut session = client.open(&model, &[], &options(DIRECT, Settings::dense())).expect("open");
+    let mut session = client.open(&model, &[], &options(direct(), Settings::dense())).expect("open");
     fill(&mut session, &ids[..PROMPT]);
     let digests = (PROMPT..TARGET).map(|position| {
         let outputs = decode(&mut session, &ids, &paths, AttendMode::Sparse).expect("decode");

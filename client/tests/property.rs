@@ -11,7 +11,7 @@ use sluice_kernels::shape::{LaneKind, ModelShape, RowType};
 use support::daemon::{Daemon, DaemonOptions};
 use support::oracle::{assert_close, dense};
 use support::rows::{path_hashes, token_ids};
-use support::{DIRECT, ask, bits, decode, fill, hybrid_shape, options, plain_shape, register, verify_rows};
+use support::{ask, bits, decode, fill, hybrid_shape, options, plain_shape, register, tolerance, verify_rows};
 use tonic::Code;
 
 #[derive(Clone, Debug)]
@@ -108,7 +108,7 @@ impl World<'_> {
             return;
         }
         let ids = token_ids(text, tokens);
-        let attach = if direct { DIRECT } else { Attach::Stream };
+        let attach = if direct { support::direct() } else { Attach::Stream };
         let mut session = self.client.open(self.model, &ids, &options(attach, Settings::dense())).expect("open");
         let matched = session.matched_tokens();
         assert!(matched <= tokens, "{matched} matched of {tokens}");
@@ -133,7 +133,7 @@ impl World<'_> {
                 let (output, log_sum_exp) = dense(&paths, position, layer, shape);
                 output.into_iter().chain(log_sum_exp)
             });
-            assert_close(&format!("decoded token {position}"), &outputs, &expected.collect::<Vec<_>>(), 2e-5);
+            assert_close(&format!("decoded token {position}"), &outputs, &expected.collect::<Vec<_>>(), tolerance());
         }
     }
 
@@ -181,8 +181,8 @@ impl World<'_> {
             }
             let (expected, expected_lse) = dense(&paths, position, layer, self.shape);
             let (output, log_sum_exp) = ask(&mut held.session, position, layer, AttendMode::Dense);
-            assert_close(&format!("layer {layer} at {position} of {}", held.ids.len()), &output, &expected, 2e-5);
-            assert_close("log-sum-exp", &log_sum_exp, &expected_lse, 2e-5);
+            assert_close(&format!("layer {layer} at {position} of {}", held.ids.len()), &output, &expected, tolerance());
+            assert_close("log-sum-exp", &log_sum_exp, &expected_lse, tolerance());
             let again = ask(&mut held.session, position, layer, AttendMode::Sparse);
             assert_eq!(bits(&again.0), bits(&output), "dense settings are dense");
         }

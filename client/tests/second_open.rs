@@ -9,7 +9,7 @@ use sluice_kernels::budget::Settings;
 use sluice_kernels::shape::{ModelShape, RowType};
 use support::daemon::{Daemon, DaemonOptions};
 use support::rows::{selected, token_ids};
-use support::{DIRECT, ask, bits, options, register};
+use support::{ask, bits, direct, options, register};
 
 const TOKENS: usize = 128 * 1024;
 
@@ -20,7 +20,7 @@ fn the_second_open_of_a_long_prompt_appends_nothing() {
     let shape = ModelShape::unscaled(RowType::F16, vec![selected(1, 1, 64)]);
     let model = register(&client, "long", &shape);
     let ids = token_ids(5, TOKENS);
-    let mut first = client.open(&model, &ids, &options(DIRECT, Settings::dense())).expect("first open");
+    let mut first = client.open(&model, &ids, &options(direct(), Settings::dense())).expect("first open");
     assert_eq!(first.matched_tokens(), 0);
     // Cheap rows that still differ: the position in the first four bytes of f16 halves.
     let fill = |want: sluice_client::RowsWanted, rows: &mut [u8]| {
@@ -38,7 +38,7 @@ fn the_second_open_of_a_long_prompt_appends_nothing() {
     let expected = ask(&mut first, TOKENS - 1, 0, AttendMode::Dense);
     first.close().expect("close");
     let appended = client.stats().expect("stats").appended_tokens;
-    for attach in [DIRECT, Attach::Stream, DIRECT] {
+    for attach in [direct(), Attach::Stream, direct()] {
         let begin = Instant::now();
         let mut again = client.open(&model, &ids, &options(attach, Settings::dense())).expect("second open");
         println!("second open, {attach:?}: {:?}", begin.elapsed());

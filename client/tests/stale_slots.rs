@@ -11,14 +11,14 @@ use sluice_kernels::shape::{ModelShape, RowType};
 use support::daemon::{Daemon, DaemonOptions};
 use support::oracle::dense;
 use support::rows::{mix, path_hashes, query_of, token_ids};
-use support::{DIRECT, decode, fill, hybrid_shape, options, register, verify_rows};
+use support::{decode, direct, fill, hybrid_shape, options, register, verify_rows};
 
 /// Uses every free slot again and again with rows of other texts.
 fn churn(client: &Client, model: &Model, stop: &AtomicBool) -> u64 {
     let mut opened = 0;
     while !stop.load(Ordering::Relaxed) {
         let ids = token_ids(1000 + opened, 600);
-        let attach = if opened % 2 == 0 { DIRECT } else { Attach::Stream };
+        let attach = if opened % 2 == 0 { direct() } else { Attach::Stream };
         let mut session = match client.open(model, &ids, &options(attach, Settings::dense())) {
             Ok(session) => session,
             // The old holder has taken the room: it will let go of some of it.
@@ -63,7 +63,7 @@ fn an_old_holder_is_never_shown_a_slot_that_was_used_again() {
     let stop = AtomicBool::new(false);
     let ids = token_ids(1, 2000);
     let paths = path_hashes(&ids);
-    let mut session = client.open(&model, &[], &options(DIRECT, Settings::dense())).expect("open");
+    let mut session = client.open(&model, &[], &options(direct(), Settings::dense())).expect("open");
     let (refused, answered) = std::thread::scope(|scope| {
         let other = scope.spawn(|| churn(&client, &model, &stop));
         let (mut refused, mut answered) = (0, 0);

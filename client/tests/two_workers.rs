@@ -13,7 +13,7 @@ use sluice_kernels::shape::LaneKind;
 use sluice_proto::v1::{SequenceInfo, SequenceState};
 use support::daemon::{Daemon, DaemonOptions, eventually, target_folder};
 use support::rows::{path_hashes, query_of, rows_of, token_ids};
-use support::{DIRECT, lane_shape, options, register, sparse_settings, verify_rows};
+use support::{direct, lane_shape, options, register, sparse_settings, verify_rows};
 
 /// Outputs and log-sum-exps as hexadecimal digits, by position and layer.
 type Outputs = BTreeMap<(usize, usize), (String, String)>;
@@ -146,7 +146,7 @@ fn two_workers_with_half_of_the_lanes_are_one_with_all_of_them() {
     refused(&low.ask("truncate 600"), &["lanes 2 to 3 have no worker", "first 0 tokens"]);
     let info = listed(&client, &shared, sequence);
     assert_eq!((info.committed_tokens, info.sealed_tokens), (0, 0));
-    let lanes = |lanes| OpenOptions { lanes, ..options(DIRECT, sparse_settings()) };
+    let lanes = |lanes| OpenOptions { lanes, ..options(direct(), sparse_settings()) };
     let overlapping = client.join(&shared, sequence, low.generation, &lanes(Some(1..3))).expect_err("lane 1 is taken");
     assert!(overlapping.to_string().contains("first_lane"), "{overlapping}");
     let stale = client.join(&shared, sequence, low.generation + 1, &lanes(Some(2..4))).expect_err("no such generation");
@@ -159,7 +159,7 @@ fn two_workers_with_half_of_the_lanes_are_one_with_all_of_them() {
     assert_eq!(high.ask("fill 700"), "length 700");
     eventually("two chunks are sealed", Duration::from_secs(10), || listed(&client, &shared, sequence).sealed_tokens == 512);
 
-    let mut reference = client.open(&whole, &[], &options(DIRECT, sparse_settings())).expect("open");
+    let mut reference = client.open(&whole, &[], &options(direct(), sparse_settings())).expect("open");
     support::fill(&mut reference, &ids[..700]);
     let together = both(&mut low, &mut high, "decode 1000", "length 1000");
     assert_eq!(together.len(), 300 * lane_shape().layers.len());
@@ -184,7 +184,7 @@ fn two_workers_with_half_of_the_lanes_are_one_with_all_of_them() {
     assert_eq!(listed(&client, &shared, sequence).state(), SequenceState::Held, "one of its workers lives");
     drop(high);
     eventually("the sequence is parked", Duration::from_secs(10), || listed(&client, &shared, sequence).state() == SequenceState::Parked);
-    let mut resumed = client.resume(&shared, sequence, &options(DIRECT, sparse_settings())).expect("resume");
+    let mut resumed = client.resume(&shared, sequence, &options(direct(), sparse_settings())).expect("resume");
     assert_eq!((resumed.length(), resumed.token_ids()), (1300, &ids[..1300]));
     assert!(verify_rows(&mut resumed, &path_hashes(&ids)) > 0);
     assert!(alone(&mut resumed, &ids) == alone(&mut reference, &ids), "outputs differ after the resume");
@@ -214,7 +214,7 @@ fn a_worker_that_leaves_is_replaced_and_the_one_that_opened_ends_the_lease() {
     eventually("two chunks are sealed", Duration::from_secs(10), || listed(&client, &shared, lease.0).sealed_tokens == 512);
     assert_eq!(low.ask("close"), "closed");
     assert!(high.ask("fill 700").contains("lease"), "the lease has ended");
-    let again = client.open(&shared, &token_ids(9, 900), &options(DIRECT, sparse_settings())).expect("open");
+    let again = client.open(&shared, &token_ids(9, 900), &options(direct(), sparse_settings())).expect("open");
     assert_eq!(again.matched_tokens(), 512, "the chunks of both are found");
     again.close().expect("close");
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use sluice_client::{Client, ClientConfig};
+use sluice_kernels::device::DeviceKind;
 use tempfile::TempDir;
 
 /// How a test wants its daemon. Everything is small, so that slots are reused soon.
@@ -14,13 +15,13 @@ pub struct DaemonOptions {
     pub arena_bytes: u64,
     pub segment_bytes: u64,
     pub open_bytes: u64,
-    pub device: &'static str,
+    pub device: DeviceKind,
     pub settings: Vec<(&'static str, String)>,
 }
 
 impl Default for DaemonOptions {
     fn default() -> Self {
-        Self { arena_bytes: 64 << 20, segment_bytes: 4 << 20, open_bytes: 256 << 20, device: "cpu", settings: Vec::new() }
+        Self { arena_bytes: 64 << 20, segment_bytes: 4 << 20, open_bytes: 256 << 20, device: super::device(), settings: Vec::new() }
     }
 }
 
@@ -59,7 +60,7 @@ impl Daemon {
     pub fn spawn(&mut self) {
         let mut command = Command::new(binary());
         command.arg("serve").arg("--socket").arg(self.socket()).arg("--arena").arg(self.arena_folder()).args(["--http", "off"]);
-        command.args(["--device", self.options.device, "--threads", "1"]);
+        command.args(["--device", &self.options.device.to_string(), "--threads", "1"]);
         let sizes = [
             ("arena.capacity_bytes", self.options.arena_bytes.to_string()),
             ("arena.segment_bytes", self.options.segment_bytes.to_string()),

@@ -42,7 +42,21 @@ pub fn register(client: &Client, name: &str, shape: &ModelShape) -> Model {
     client.register_model(&registration, None).expect("registration")
 }
 
-pub const DIRECT: Attach = Attach::Direct { device: DeviceKind::Cpu, threads: 1 };
+/// The device of daemons and direct sessions: the CPU, or the GPU where `SLUICE_TEST_DEVICES` names cuda; without one there the tests fail.
+pub fn device() -> DeviceKind {
+    let asked = std::env::var("SLUICE_TEST_DEVICES").is_ok_and(|devices| devices.split(',').any(|device| device == "cuda"));
+    if asked { DeviceKind::Cuda { ordinal: 0 } } else { DeviceKind::Cpu }
+}
+
+/// Attached directly on [`device`].
+pub fn direct() -> Attach {
+    Attach::Direct { device: device(), threads: 1 }
+}
+
+/// How far results on [`device`] may be from f64: a GPU splits queries and weights into halves of 16 bits.
+pub fn tolerance() -> f64 {
+    if device() == DeviceKind::Cpu { 2e-5 } else { 1e-4 }
+}
 
 /// A budget small enough that most rows before the horizon are left out.
 pub fn sparse_settings() -> Settings {
