@@ -257,7 +257,9 @@ impl Decoder {
                 report += done;
                 continue;
             }
-            report += if plan.count == 0 {
+            report += if plan.count == 0 && self.resident.is_some() && resident::streams(request.sequence, query.position) {
+                self.stream(layer, request.sequence, part, query)?
+            } else if plan.count == 0 {
                 self.attend_from(layer, request.sequence, part, plan.exact_from, query)?
             } else {
                 self.attend_selected(layer, request.sequence, part, &plan, query)?
@@ -389,6 +391,13 @@ impl Decoder {
         Ok(StepReport { row_bytes, attend: begin.elapsed(), ..StepReport::default() })
     }
 
+    /// One query over every row up to its own, on a device that they stream past.
+    fn stream(&mut self, layer: usize, sequence: &mut Sequence, part: &LayerPart, query: Query<'_>) -> Result<StepReport, StepError> {
+        let (first_position, queries, attend) = (query.position, query.values, Attend::Dense);
+        let mut request = StepRequest { sequence, first_position, queries, attend, output: query.output, lse: query.lse };
+        self.many(layer, &mut request, part, None)
+    }
+
     /// Exact causal attention of all query tokens of a request: prefill over an offloaded prefix, and sliding-window layers.
     fn exact(
         &mut self,
@@ -404,6 +413,22 @@ impl Decoder {
             let position = request.first_position;
             let query = Query { position, values: request.queries, output: request.output, lse: request.lse };
             return self.attend_from(layer, request.sequence, part, start, query);
+        }
+        self.many(layer, request, part, window)
+    }
+
+    fn many(
+        &mut self,
+        layer: usize,
+        request: &mut StepRequest<'_>,
+        part: &LayerPart,
+        window: Option<usize>,
+    ) -> Result<StepReport, StepError> {
+        let query_values = part.geometry.heads.query_heads() * part.geometry.head_dim;
+        let end = request.first_position + request.queries.len() / query_values;
+        let start = window.map_or(0, |window| (request.first_position + 1).saturating_sub(window));
+        if let (Some(resident), None) = (&mut self.resident, window) {
+            resident.register(request.sequence, end)?;
         }
         let mut pages = Vec::with_capacity(end.div_ceil(CHUNK_TOKENS));
         request.sequence.pages(layer, start / CHUNK_TOKENS..end.div_ceil(CHUNK_TOKENS), &mut pages)?;

@@ -216,7 +216,7 @@ impl Sequence {
         calibration.check(&self.shape)?;
         let parts: Vec<LayerPart> = (0..self.shape.layers.len()).map(|layer| self.part(layer)).collect();
         self.own_labels = OwnLabels::new(&self.shape, calibration, &parts, self.open.layout().slots);
-        self.resident = None;
+        self.resident.iter_mut().for_each(|resident| resident.forget_layers());
         Ok(())
     }
 

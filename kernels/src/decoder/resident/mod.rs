@@ -13,8 +13,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Plan, Query, StepError, StepReport};
+use crate::budget::Budget;
 use crate::device::cuda::compile::Compiler;
-use crate::device::cuda::host::{HostPage, HostPart, HostSegment};
+use crate::device::cuda::host::{HostFile, HostPage, HostPart, HostSegment};
 use crate::device::cuda::host_step::{HostStep, LayerWork};
 use crate::device::cuda::jobs::COLD;
 use crate::device::cuda::seat::{DeviceBytes, Kept, Seat, SeatShape};
@@ -33,6 +34,8 @@ pub use state::Resident;
 const CAPACITY_STEP: usize = 4096;
 /// Pages from the horizon on, at least: with the default budget sequences are attended whole up to three chunks.
 const TAIL_CHUNKS: usize = 4;
+/// The same for sequences whose budget is everything: up to 32Ki tokens they lie on the device whole.
+const DENSE_CHUNKS: usize = 128;
 
 /// A device whose state of sequences outlives a step.
 pub(super) struct ResidentDecoder {
@@ -58,16 +61,20 @@ struct Size {
 impl Size {
     /// For a sequence of `length` tokens that goes on growing; `None` where a lane selects more rows than places have numbers.
     fn of(sequence: &Sequence, length: usize, limits: DeviceLimits) -> Option<Self> {
-        let settings = sequence.settings();
         let capacity = (length + length / 8).next_multiple_of(CAPACITY_STEP);
-        let max_count = settings.selected_tokens(capacity);
+        let max_count = most_selected(sequence, capacity);
         let most = usize::from(COLD) - 1;
         let wanted = match sequence.hot_rows_wanted().max(limits.hot_rows) {
             0 => 3 * max_count,
             rows => rows,
         };
         let pool = wanted.max(max_count).min(capacity).min(most);
-        (max_count <= most).then_some(Self { capacity, max_count, pool, tail_chunks: tail_chunks_of(sequence) })
+        (max_count <= most).then_some(Self {
+            capacity,
+            max_count,
+            pool,
+            tail_chunks: tail_chunks_of(sequence).min(capacity / CHUNK_TOKENS),
+        })
     }
 }
 
@@ -113,8 +120,7 @@ impl ResidentDecoder {
         plan: &Plan,
         query: &mut Query<'_>,
     ) -> Result<Option<StepReport>, StepError> {
-        let exact_chunks = (query.position + 1).div_ceil(CHUNK_TOKENS);
-        if !sequence.is_calibrated() || (plan.count == 0 && exact_chunks > tail_chunks_of(sequence)) {
+        if !sequence.is_calibrated() || (plan.count == 0 && streams(sequence, query.position)) {
             return Ok(None);
         }
         let begin = Instant::now();
@@ -174,9 +180,12 @@ impl ResidentDecoder {
 
     /// The sequence's state, made or made larger where it has to be; `None` where the device cannot have one.
     fn state(&mut self, sequence: &mut Sequence, length: usize) -> Result<Option<Box<Resident>>, StepError> {
-        let count = sequence.settings().selected_tokens(length);
+        let count = most_selected(sequence, length);
         let tail_chunks = tail_chunks_of(sequence);
-        let fits = |held: &Resident| held.capacity >= length && held.max_count >= count && held.tail_chunks == tail_chunks;
+        let fits = |held: &Resident| {
+            let wanted = tail_chunks.min(held.capacity / CHUNK_TOKENS);
+            held.capacity >= length && held.max_count >= count && held.tail_chunks == wanted
+        };
         let held = match sequence.take_resident() {
             Some(held) if fits(&held) => return Ok(Some(held)),
             other => other,
@@ -186,8 +195,31 @@ impl ResidentDecoder {
         let mut made = self.new_state(sequence, &size)?;
         if let Some(held) = held {
             self.take_over(&mut made, &held)?;
+            made.files = held.files;
         }
         Ok(Some(made))
+    }
+
+    /// Registers the files in which the rows before `end` lie, so that they stream at the speed of the link.
+    pub(super) fn register(&mut self, sequence: &mut Sequence, end: usize) -> Result<(), StepError> {
+        let mut resident = sequence.take_resident().unwrap_or_default();
+        for chunk in 0..end.div_ceil(CHUNK_TOKENS) {
+            let (file, _) = sequence.chunk_place(chunk)?;
+            self.number(&mut resident, &file)?;
+        }
+        sequence.put_resident(resident);
+        Ok(())
+    }
+
+    /// The number of a file that the sequence has rows in.
+    fn number(&mut self, resident: &mut Resident, file: &HostFile) -> Result<usize, CudaError> {
+        // The last one first: neighbouring chunks often lie in one file.
+        if let Some((number, _)) = resident.files.iter().rev().find(|(_, held)| held.file().is_same(file)) {
+            return Ok(*number);
+        }
+        let (number, segment) = self.files.number(&self.gpu, file)?;
+        resident.files.push((number, segment));
+        Ok(number)
     }
 
     fn ledger(&mut self) -> Result<Arc<Ledger>, CudaError> {
@@ -249,15 +281,18 @@ impl ResidentDecoder {
 
     /// What a larger state of the same sequence can take from the one it replaces: labels and the newest rows.
     fn take_over(&self, made: &mut Resident, held: &Resident) -> Result<(), CudaError> {
-        let same_groups = made.parts.iter().map(|part| part.group).eq(held.parts.iter().map(|part| part.group));
-        if !same_groups || made.tail_chunks != held.tail_chunks {
+        if !made.parts.iter().map(|part| part.group).eq(held.parts.iter().map(|part| part.group)) {
             return Ok(());
         }
         for (to, from) in made.parts.iter_mut().zip(&held.parts) {
             let stream = self.groups[to.group].step.batch().stream();
             let labelled = from.layers.iter().map(|layer| layer.labelled).max().unwrap_or(0);
-            to.seat.take_over(stream, &from.seat, 0..labelled)?;
-            to.layers.clone_from(&from.layers);
+            to.seat.take_over_labels(stream, &from.seat, labelled)?;
+            to.layers.iter_mut().zip(&from.layers).for_each(|(to, from)| to.labelled = from.labelled);
+            if made.tail_chunks == held.tail_chunks {
+                to.seat.take_over_tail(stream, &from.seat)?;
+                to.layers.iter_mut().zip(&from.layers).for_each(|(to, from)| to.tail.clone_from(&from.tail));
+            }
         }
         Ok(())
     }
@@ -279,14 +314,7 @@ impl ResidentDecoder {
         resident.places.truncate(first);
         for chunk in first..chunks.max(first) {
             let (file, slot) = sequence.chunk_place(chunk)?;
-            let number = match resident.files.iter().find(|(_, held)| held.file().is_same(&file)) {
-                Some((number, _)) => *number,
-                None => {
-                    let found = self.files.number(&self.gpu, &file)?;
-                    resident.files.push((found.0, found.1));
-                    found.0
-                }
-            };
+            let number = self.number(resident, &file)?;
             resident.places.push((number << 16) as u32 | slot);
         }
         resident.sealed = sealed;
@@ -297,10 +325,29 @@ impl ResidentDecoder {
     }
 }
 
-/// Pages from the horizon on that steps by the sequence's settings need.
+/// Whether an exact query at `position` attends more rows than a device keeps, which then stream past it. By length, settings and calibration
+/// alone, as results are.
+pub(super) fn streams(sequence: &Sequence, position: usize) -> bool {
+    let most = if sequence.is_calibrated() { tail_chunks_of(sequence) } else { TAIL_CHUNKS };
+    (position + 1).div_ceil(CHUNK_TOKENS) > most
+}
+
+/// Rows that a lane selects at most in sequences of up to `length` tokens. Where the budget is everything nothing is selected: all is attended.
+fn most_selected(sequence: &Sequence, length: usize) -> usize {
+    let settings = sequence.settings();
+    match settings.budget {
+        Budget::Dense => 0,
+        Budget::Ratio { .. } => settings.selected_tokens(length),
+    }
+}
+
+/// Pages of newest rows that steps by the sequence's settings attend at most without streaming.
 fn tail_chunks_of(sequence: &Sequence) -> usize {
+    let settings = sequence.settings();
     // The horizon leaves at most 255 rows beside the exact ones.
-    ((sequence.settings().exact_tokens as usize).div_ceil(CHUNK_TOKENS) + 1).max(TAIL_CHUNKS)
+    let sparse = (settings.exact_tokens as usize).div_ceil(CHUNK_TOKENS) + 1;
+    let least = if settings.budget == Budget::Dense { DENSE_CHUNKS } else { TAIL_CHUNKS };
+    sparse.max(least)
 }
 
 /// The full-attention layers by their shape of rows.

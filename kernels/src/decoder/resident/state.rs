@@ -7,8 +7,8 @@ use crate::device::cuda::host::HostSegment;
 use crate::device::cuda::seat::Seat;
 use crate::slot::CHUNK_TOKENS;
 
-/// Device state of one sequence; freed with it.
-#[derive(Debug)]
+/// Device state of one sequence; freed with it. Without a calibration it has the files alone.
+#[derive(Debug, Default)]
 pub struct Resident {
     /// By shape of rows.
     pub(super) parts: Vec<ResidentPart>,
@@ -58,6 +58,13 @@ pub(super) struct TailPage {
 }
 
 impl Resident {
+    /// Forgets what a calibration decides, which is everything but the files.
+    pub(crate) fn forget_layers(&mut self) {
+        self.parts.clear();
+        self.part_of_layer.clear();
+        self.capacity = 0;
+    }
+
     /// Forgets everything from `length` on, as truncating a sequence does.
     pub(crate) fn truncate(&mut self, length: usize) {
         self.places.clear();

@@ -2,7 +2,6 @@
 //!
 //! A seat is allocated when a sequence is admitted and freed with its value. A [`super::batch::Batch`] works on any seats of its shape.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
@@ -290,21 +289,29 @@ impl Seat {
         Ok(())
     }
 
-    /// Takes over the labels of the chunks below `chunks` and the rows from the horizon on from a smaller seat of the same sequence.
+    /// Takes over the labels of the first `chunks` chunks from a smaller seat of the same sequence.
     ///
     /// # Errors
     /// A copy that the driver refuses.
-    pub fn take_over(&self, stream: &Arc<CudaStream>, smaller: &Self, chunks: Range<usize>) -> Result<(), CudaError> {
-        assert!(chunks.end <= smaller.shape.chunks().min(self.shape.chunks()), "chunks of both seats");
-        assert_eq!(self.shape.tail_chunks, smaller.shape.tail_chunks, "pages from the horizon on");
-        let bytes = (chunks.len() * self.shape.label_page_bytes()) as u64;
+    pub fn take_over_labels(&self, stream: &Arc<CudaStream>, smaller: &Self, chunks: usize) -> Result<(), CudaError> {
+        assert!(chunks <= smaller.shape.chunks().min(self.shape.chunks()), "chunks of both seats");
+        let bytes = (chunks * self.shape.label_page_bytes()) as u64;
         for layer in 0..self.shape.layers {
-            let (to, from) = (self.label_address(layer, chunks.start), smaller.label_address(layer, chunks.start));
             // SAFETY: both ranges lie in label pages of living seats; freeing a seat waits for the device.
-            unsafe { copy(stream, to, from, bytes)? };
-            let tail = self.layers[layer].tail.bytes() as u64;
-            // SAFETY: both tails have this many bytes, as asserted.
-            unsafe { copy(stream, self.tail_address(layer), smaller.tail_address(layer), tail)? };
+            unsafe { copy(stream, self.label_address(layer, 0), smaller.label_address(layer, 0), bytes)? };
+        }
+        Ok(())
+    }
+
+    /// Takes over the rows from the horizon on from a seat with as many pages for them.
+    ///
+    /// # Errors
+    /// A copy that the driver refuses.
+    pub fn take_over_tail(&self, stream: &Arc<CudaStream>, other: &Self) -> Result<(), CudaError> {
+        assert_eq!(self.shape.tail_chunks, other.shape.tail_chunks, "pages from the horizon on");
+        for (layer, memory) in self.layers.iter().enumerate() {
+            // SAFETY: both tails have this many bytes, as asserted; freeing a seat waits for the device.
+            unsafe { copy(stream, self.tail_address(layer), other.tail_address(layer), memory.tail.bytes() as u64)? };
         }
         Ok(())
     }
