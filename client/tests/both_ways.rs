@@ -61,8 +61,9 @@ fn stream_and_direct_are_equal_to_the_bit_and_the_daemon_may_be_stopped() {
         let ids = token_ids(1, 1500);
         let paths = path_hashes(&ids);
         let mut stream = calibrated(&client, &model, Attach::Stream, &ids[..1400]);
+        stream.wait_sealed(1280, Duration::from_secs(20)).expect("sealed");
         let mut direct = client.open(&model, &ids[..1400], &options(direct(), sparse_settings())).expect("open");
-        assert!(direct.matched_tokens() >= 1280, "{} matched of a prompt whose 5 full chunks were sealed", direct.matched_tokens());
+        assert_eq!(direct.matched_tokens() / 256, 5, "chunks of the prompt that were sealed");
         fill(&mut direct, &ids[..1400]);
         let streamed: Vec<Vec<u32>> =
             (1400..1500).map(|_| bits(&decode(&mut stream, &ids, &paths, AttendMode::Sparse).expect("stream"))).collect();

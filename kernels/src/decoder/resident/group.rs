@@ -51,7 +51,7 @@ impl Group {
     pub(super) fn new(gpu: &Gpu, compiler: &Compiler, ledger: &Arc<Ledger>, key: GroupKey, room: Room) -> Result<Self, CudaError> {
         let plan = key.coders.first().map(|coder| coder.plan.clone()).ok_or(CudaError::NoHostRows)?;
         let shape = BatchShape {
-            geometry: key.geometry,
+            geometry: key.geometry.clone(),
             plan,
             slots: 1,
             max_tokens: room.tokens,

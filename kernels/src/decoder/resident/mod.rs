@@ -241,7 +241,7 @@ impl ResidentDecoder {
         let mut parts = Vec::new();
         for (key, layers) in keys_of(sequence) {
             let shape = SeatShape {
-                geometry: key.geometry,
+                geometry: key.geometry.clone(),
                 plan: key.coders[0].plan.clone(),
                 layers: layers.len(),
                 max_tokens: size.capacity,
