@@ -11,13 +11,16 @@ use crate::device::cuda::host_step::HostStep;
 use crate::device::cuda::seat::{DeviceBytes, Seat};
 use crate::device::cuda::{CudaError, Gpu};
 use crate::label::LabelCoder;
+use crate::scales::LaneScales;
 
 /// What tells groups apart.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct GroupKey {
+    /// Without scales, which are each layer's own.
     pub(super) geometry: LayerGeometry,
     /// By layer of the group.
     pub(super) coders: Vec<LabelCoder>,
+    pub(super) scales: Vec<LaneScales>,
     pub(super) host: Vec<HostPart>,
 }
 
@@ -60,8 +63,9 @@ impl Group {
             gather_blocks: GATHER_BLOCKS,
             trace_rows: None,
         };
-        let layers: Vec<BatchLayer<'_>> =
-            key.coders.iter().zip(&key.host).map(|(coder, host)| BatchLayer { coder, host: host.clone() }).collect();
+        let layers: Vec<BatchLayer<'_>> = (0..key.coders.len())
+            .map(|layer| BatchLayer { coder: &key.coders[layer], scales: key.scales[layer].clone(), host: key.host[layer].clone() })
+            .collect();
         let batch = Batch::new(gpu, compiler, &shape, &layers)?;
         let charge = ledger.charge(DeviceBytes { workspace: batch.own_bytes(), ..DeviceBytes::default() })?;
         Ok(Self { step: HostStep::new(gpu, batch)?, key, room, _charge: charge })

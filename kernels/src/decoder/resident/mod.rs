@@ -360,14 +360,16 @@ fn keys_of(sequence: &Sequence) -> Vec<(GroupKey, Vec<usize>)> {
         let lane_bytes = (CHUNK_TOKENS * part.geometry.row_bytes()) as u64;
         let own = part.lanes.start as u64 * lane_bytes..part.lanes.end as u64 * lane_bytes;
         let host = HostPart { plane, page_bytes: of_plane.page_bytes, own };
-        match keys.iter_mut().find(|(key, _)| key.geometry == part.geometry) {
-            Some((key, layers)) => {
-                key.coders.push(coder.clone());
-                key.host.push(host);
-                layers.push(layer);
-            }
-            None => keys.push((GroupKey { geometry: part.geometry, coders: vec![coder.clone()], host: vec![host] }, vec![layer])),
-        }
+        let geometry = part.geometry.unscaled();
+        let index = keys.iter().position(|(key, _)| key.geometry == geometry).unwrap_or_else(|| {
+            keys.push((GroupKey { geometry, coders: Vec::new(), scales: Vec::new(), host: Vec::new() }, Vec::new()));
+            keys.len() - 1
+        });
+        let (key, layers) = &mut keys[index];
+        key.coders.push(coder.clone());
+        key.scales.push(part.geometry.scales);
+        key.host.push(host);
+        layers.push(layer);
     }
     keys
 }
