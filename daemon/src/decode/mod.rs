@@ -12,7 +12,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bound
 use prost::bytes::Bytes;
 use sluice_kernels::decoder::{Decoder, DeviceLimits, LaneRows, StepReport};
 use sluice_kernels::shape::ModelShape;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use crate::engine::command::LeaseKey;
 use crate::engine::config::EngineConfig;
@@ -23,6 +23,9 @@ use host::Hosts;
 
 /// How often sequences of ended leases are let go of.
 const SWEEP: Duration = Duration::from_millis(250);
+
+/// Longest wait for the thread to end: far more than a step takes.
+const END_WAIT: Duration = Duration::from_secs(10);
 
 /// How often the engine is told that a lease is used: it matters to leases without a local process only.
 const TOUCH: Duration = Duration::from_secs(1);
@@ -87,6 +90,8 @@ pub(crate) enum Work {
 pub struct DecodeHandle {
     sender: Sender<Work>,
     device: Arc<str>,
+    /// Closed when the thread has let go of the device.
+    ended: watch::Receiver<()>,
 }
 
 impl DecodeHandle {
@@ -94,6 +99,14 @@ impl DecodeHandle {
     #[must_use]
     pub fn device(&self) -> &str {
         &self.device
+    }
+
+    /// Waits until the thread, which follows the engine's end, has let go of the device: a GPU's driver must not be taken down before.
+    pub(crate) async fn ended(&self) {
+        let mut ended = self.ended.clone();
+        if tokio::time::timeout(END_WAIT, ended.changed()).await.is_err() {
+            tracing::warn!(seconds = END_WAIT.as_secs(), "the decode thread has not ended");
+        }
     }
 
     /// Performs one layer of one step for a batch; each succeeds or is refused on its own.
@@ -147,14 +160,16 @@ pub fn start(engine: EngineHandle) -> Result<DecodeHandle, EngineError> {
         message_bytes_max: config.message_bytes_max,
         engine,
     };
+    let (alive, ended) = watch::channel(());
     let spawned = std::thread::Builder::new().name("sluice-decode".to_owned()).spawn(move || {
         thread.run(&receiver);
         drop(thread);
+        drop(alive);
         // Work that was sent while it ended is let go of, so that its callers learn of it; a channel keeps it otherwise.
         receiver.iter().for_each(drop);
     });
     spawned.map_err(|error| EngineError::Internal(format!("start the decode thread: {error}")))?;
-    Ok(DecodeHandle { sender, device: name })
+    Ok(DecodeHandle { sender, device: name, ended })
 }
 
 fn open_device(config: &EngineConfig) -> Result<Box<dyn sluice_kernels::device::Device>, EngineError> {

@@ -232,7 +232,11 @@ impl EngineHandle {
     /// # Errors
     /// It has stopped already or is poisoned.
     pub async fn shutdown(&self) -> Result<(), EngineError> {
-        self.call(Command::Stop).await
+        let stopped = self.call(Command::Stop).await;
+        if let Some(decoder) = &self.decoder {
+            decoder.ended().await;
+        }
+        stopped
     }
 
     /// Makes the engine panic, to test its supervision.
