@@ -6,6 +6,8 @@ use std::path::Path;
 use crate::support::{append, check_rows, check_slots, config, crash, open, open_request, register, registration, shape, start, tokens};
 use sluice_daemon::engine::command::{LeaseKey, Peer, SequenceStatus};
 use sluice_daemon::engine::{EngineError, EngineHandle};
+use sluice_kernels::scales::RowScale;
+use sluice_kernels::shape::{ModelShape, RowType};
 
 async fn sealed_tokens(engine: &EngineHandle, lease: LeaseKey, wanted: u64) {
     for _ in 0..1000 {
@@ -43,6 +45,25 @@ async fn models_paths_and_live_leases_are_found_again() {
     engine.close(lease).await.expect("closed");
     assert_eq!(open(&engine, model, &longer).await.matched_tokens, 2048);
     check_slots(&engine).await.expect("slots add up");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn scales_of_fp8_rows_are_a_part_of_the_model_and_kept() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let engine = start(config(folder.path()));
+    let scaled = |factor: f32| {
+        let scale = |lane: usize| RowScale { key: 0.1 * factor / (lane + 3) as f32, value: factor.sqrt() };
+        let plain = shape(Some(600));
+        let scales = plain.layers.iter().map(|layer| (0..layer.lanes()).map(scale).collect::<Vec<_>>().into()).collect();
+        ModelShape { row_type: RowType::Fp8, scales, ..plain }
+    };
+    let model = register(&engine, &scaled(1.7)).await;
+    crash(engine).await;
+    let engine = start(config(folder.path()));
+    assert_eq!(register(&engine, &scaled(1.7)).await, model, "the journal has the same scales, to the bit");
+    let others = engine.register_model(registration(&scaled(1.7f32.next_up()))).await;
+    assert!(matches!(others, Err(EngineError::Exists { field: "model.name", .. })), "{others:?}");
+    engine.shutdown().await.expect("stopped");
 }
 
 #[tokio::test(flavor = "multi_thread")]
