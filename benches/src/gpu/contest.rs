@@ -44,6 +44,7 @@ impl<'a> Contest<'a> {
             gpu: scene.gpu.name.clone(),
             context_tokens: scene.context,
             layers: scene.shape.layers.len(),
+            row_bytes: scene.geometry().row_bytes(),
             cache_bytes: (scene.shape.layers.len() * scene.context * scene.geometry().heads.lanes() * scene.geometry().row_bytes()) as u64,
             fill_s: scene.host.fill_s,
             register_s: scene.host.register_s,

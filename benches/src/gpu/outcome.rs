@@ -74,6 +74,8 @@ pub struct Outcome {
     pub context_tokens: usize,
     /// Layers.
     pub layers: usize,
+    /// Bytes of a row: a key and a value.
+    pub row_bytes: usize,
     /// Bytes of the cache.
     pub cache_bytes: u64,
     /// Filling host memory.
