@@ -12,14 +12,19 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use sluice_client::{AttendMode, Client, Model, Stats};
 use sluice_kernels::budget::Settings;
+use sluice_kernels::device::DeviceKind;
 use sluice_kernels::shape::RowType;
 use sluice_proto::v1::SequenceState;
 use support::daemon::{Daemon, DaemonOptions, eventually, target_folder};
 use support::rows::{mix, path_hashes, token_ids};
-use support::{bits, decode, direct, fill, hybrid_shape, options, register};
+use support::{bits, decode, device, device_free_bytes, direct, fill, hybrid_shape, options, register};
 use xxhash_rust::xxh3::xxh3_64;
 
-const ROUNDS: u64 = 100;
+/// A hundred; fewer on a GPU, where every worker makes a context first.
+fn rounds() -> u64 {
+    if device() == DeviceKind::Cpu { 100 } else { 20 }
+}
+
 const PROMPT: usize = 300;
 const TARGET: usize = 620;
 const MODEL: &str = "kills";
@@ -146,7 +151,8 @@ fn a_hundred_kills_and_stops_leave_no_wrong_row_and_leak_nothing() {
     let before = client.stats().expect("stats");
     let (mut killed, mut stopped, mut tokens) = (0, 0, 0);
     let begin = Instant::now();
-    for round in 0..ROUNDS {
+    let free = device_free_bytes();
+    for round in 0..rounds() {
         // Two seeds are common to many rounds, so that their prefixes are shared; one in three is cut off before the prompt's end.
         let seed = round % 3;
         let way = if round / 4 % 2 == 0 { "direct" } else { "stream" };
@@ -196,8 +202,10 @@ fn a_hundred_kills_and_stops_leave_no_wrong_row_and_leak_nothing() {
             println!("{} rounds in {:?}", round + 1, begin.elapsed());
         }
     }
-    assert_eq!((killed, stopped), (50, 50));
-    println!("{ROUNDS} rounds, {tokens} tokens decoded and compared");
+    assert_eq!((killed, stopped), (rounds() / 2, rounds() / 2));
+    println!("{} rounds, {tokens} tokens decoded and compared", rounds());
+    // Contexts of dead processes go with them; the daemon's own has grown a little.
+    eventually("no memory of the GPU is held for the dead", Duration::from_secs(20), || device_free_bytes() + (64 << 20) >= free);
     nothing_leaked(&daemon, &client, &model, &before);
 }
 

@@ -5,7 +5,7 @@ mod support;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use sluice_kernels::budget::{Budget, Settings};
-use sluice_kernels::decoder::{Attend, Decoder, StepError, StepReport, StepRequest};
+use sluice_kernels::decoder::{Attend, Decoder, DeviceLimits, StepError, StepReport, StepRequest};
 use sluice_kernels::device::{DeviceKind, open};
 use sluice_kernels::sequence::{Sequence, SequenceError};
 use sluice_kernels::shape::{ModelShape, RowType};
@@ -398,6 +398,37 @@ fn state_that_outlives_a_step_never_changes_a_bit() {
                 }
             }
             assert!(hot > 0, "{kind}: some rows were hot");
+        }
+    }
+}
+
+#[test]
+fn a_device_without_room_refuses_and_nothing_changes() {
+    for kind in device_kinds() {
+        let limits = DeviceLimits { device_bytes: 1 << 20, hot_rows: 0 };
+        let mut small = Decoder::new(open(kind, 2).expect("device")).with_limits(limits);
+        let mut large = Decoder::new(open(kind, 2).expect("device"));
+        let daemon = TestDaemon::new(shape(), Some(calibration(&shape())), 16);
+        let mut sequence = daemon.attach(SPARSE, None, 0);
+        append(&mut sequence, 0..1500);
+        if matches!(kind, DeviceKind::Cuda { .. }) {
+            let queries = vec![0.5; 256];
+            let (mut output, mut lse) = (vec![0.0; 256], vec![0.0; 4]);
+            let (sequence, attend) = (&mut sequence, Attend::Sparse);
+            let mut request = StepRequest { sequence, first_position: 1499, queries: &queries, attend, output: &mut output, lse: &mut lse };
+            let refused = small.step_one(0, &mut request).expect_err("too little memory");
+            assert!(matches!(&refused, StepError::Device(error) if error.is_exhausted()), "{refused}");
+            assert!(refused.to_string().contains("of 1048576 are in use"), "{refused}");
+            assert_eq!(small.device_bytes().total(), 0, "nothing is kept of it");
+            step(&mut large, sequence, 0, 1499, Attend::Sparse);
+            assert!(large.device_bytes().total() > 1 << 20);
+            sequence.forget_device_state();
+            large.sweep();
+            let left = large.device_bytes();
+            assert_eq!(left.total(), left.workspace, "a sequence that is gone holds nothing");
+        } else {
+            step(&mut small, &mut sequence, 0, 1499, Attend::Sparse);
+            assert_eq!(small.device_bytes().total(), 0, "{kind} has no memory of its own");
         }
     }
 }

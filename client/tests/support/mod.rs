@@ -48,6 +48,13 @@ pub fn device() -> DeviceKind {
     if asked { DeviceKind::Cuda { ordinal: 0 } } else { DeviceKind::Cpu }
 }
 
+/// Free memory of the GPU under test, bytes; without one there is nothing to hold: always as much as can be.
+pub fn device_free_bytes() -> u64 {
+    let DeviceKind::Cuda { ordinal } = device() else { return u64::MAX >> 1 };
+    let gpu = sluice_kernels::device::cuda::Gpu::open(ordinal).expect("the GPU");
+    gpu.context.mem_get_info().expect("its memory").0 as u64
+}
+
 /// Attached directly on [`device`].
 pub fn direct() -> Attach {
     Attach::Direct { device: device(), threads: 1 }
