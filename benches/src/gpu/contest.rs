@@ -1,12 +1,16 @@
 //! The contestants' steps, timed.
 
+use std::time::Instant;
+
 use anyhow::Result;
 use sluice_kernels::budget::{Budget, Settings};
 use sluice_kernels::device::cuda::batch::Batch;
 use sluice_kernels::device::cuda::buffer::DeviceBuffer;
 use sluice_kernels::device::cuda::probe::Probe;
 use sluice_kernels::device::cuda::timer::Timer;
+use sluice_kernels::device::{Device, ManyJob, cuda::Cuda};
 use sluice_kernels::label::LabelPlan;
+use sluice_kernels::slot::CHUNK_TOKENS;
 
 use super::Section;
 use super::outcome::{Outcome, PartOutcome, StepOutcome};
@@ -18,6 +22,10 @@ use crate::statistics::median;
 
 /// Bytes that the read probe reads at once: far more than the caches hold.
 const READ_BYTES: usize = 4 << 30;
+/// Weights of an 8B model in 16 bits, which every token reads.
+const WEIGHT_BYTES: usize = 16_000_000_000;
+/// Query tokens of a piece of a prompt.
+const PREFILL_QUERIES: [usize; 4] = [16, 64, 256, 512];
 /// Steps before those that are timed.
 const WARM_UP: usize = 3;
 /// Steps of a trace before those that are timed, and those that are timed at least.
@@ -68,6 +76,10 @@ impl<'a> Contest<'a> {
             Section::Cold => self.cold(),
             Section::Hot => self.hot(),
             Section::Trace => self.traced(),
+            Section::Sweep => self.sweep(),
+            Section::Token => self.tokens(),
+            Section::Prefill => self.prefill(),
+            Section::Batch => self.batch(),
         }
     }
 
@@ -217,7 +229,7 @@ impl<'a> Contest<'a> {
     /// Hits and misses of recorded decode steps.
     fn traced(&mut self) -> Result<()> {
         let Some(trace) = self.trace else { return Ok(()) };
-        for (denominator, pools) in [(16, [1, 2, 3]), (64, [1, 2, 4])] {
+        for (denominator, pools) in [(16, [1.0, 2.0, 3.0]), (64, [1.0, 2.0, 4.0])] {
             for pool in pools {
                 self.traced_steps(trace, denominator, pool)?;
             }
@@ -225,10 +237,21 @@ impl<'a> Contest<'a> {
         Ok(())
     }
 
-    fn traced_steps(&mut self, trace: &KeyTrace, denominator: u32, pool: usize) -> Result<()> {
+    /// More pools, for the plot of time against misses.
+    fn sweep(&mut self) -> Result<()> {
+        let Some(trace) = self.trace else { return Ok(()) };
+        for (denominator, pools) in [(16, [1.25, 1.5, 2.5, 3.9]), (64, [1.5, 3.0, 6.0, 8.0])] {
+            for pool in pools {
+                self.traced_steps(trace, denominator, pool)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn traced_steps(&mut self, trace: &KeyTrace, denominator: u32, pool: f64) -> Result<()> {
         let name = format!("trace, n/{denominator}, pool of {pool}k");
         show_progress(&name, 0, 1);
-        let sparse = SparsePlan { trace_rows: Some(trace.rows), ..self.sparse(denominator, pool as f64, self.small()) };
+        let sparse = SparsePlan { trace_rows: Some(trace.rows), ..self.sparse(denominator, pool, self.small()) };
         let mut batch = self.scene.sparse(&sparse)?;
         let (layers, lanes) = (batch.layers(), batch.shape().geometry.heads.lanes());
         let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_layer(layer)))?;
@@ -236,11 +259,7 @@ impl<'a> Contest<'a> {
         let (mut times, mut hits) = (Vec::new(), vec![Hits::default(); trace.layers]);
         let steps = (TRACE_WARM_UP + self.rounds.max(TRACE_ROUNDS)).min(trace.steps);
         for step in 0..steps {
-            for layer in 0..layers {
-                let source = |lane| trace.lane_source(layer, lane, lanes, step);
-                let keys: Vec<u16> = (0..lanes).flat_map(|lane| trace.keys(source(lane).1, source(lane).0)).copied().collect();
-                batch.set_trace(layer, 0, &keys)?;
-            }
+            set_trace(&mut batch, trace, step)?;
             timer.mark()?;
             graph.launch()?;
             timer.mark()?;
@@ -258,7 +277,7 @@ impl<'a> Contest<'a> {
         }
         // Offline, at the trace's own resolution.
         let selected = batch.shape().max_count * trace.rows / batch.shape().max_tokens;
-        let job = ReplayJob { selected, capacity: selected * pool, rule: Rule::LowestKey, warm_up: TRACE_WARM_UP, steps };
+        let job = ReplayJob { selected, capacity: (selected as f64 * pool) as usize, rule: Rule::LowestKey, warm_up: TRACE_WARM_UP, steps };
         let offline = replay_drawn(trace, &job, DrawnLanes { layers, lanes });
         let rates = |hits: &[Hits]| hits.iter().map(|hits| hits.rate()).collect::<Vec<f64>>();
         let (all_hits, all): (u64, u64) = hits.iter().fold((0, 0), |sum, hits| (sum.0 + hits.hits, sum.1 + hits.selected));
@@ -266,6 +285,129 @@ impl<'a> Contest<'a> {
         outcome.hit_rate_by_source = rates(&hits);
         outcome.offline_hit_rate_by_source = rates(&offline);
         self.outcome.steps.push(outcome);
+        Ok(())
+    }
+
+    /// A step of everybody in one batch, beside what the link and the kernels alone would take.
+    fn batch(&mut self) -> Result<()> {
+        let Some(trace) = self.trace else { return Ok(()) };
+        let sequences = self.scene.host.places.len() * CHUNK_TOKENS / self.scene.context;
+        for (denominator, pool) in [(16, 3.0), (64, 4.0)] {
+            let sparse = SparsePlan { trace_rows: Some(trace.rows), ..self.sparse(denominator, pool, self.small()) };
+            let mut batch = self.scene.sparse_batch(&sparse, sequences)?;
+            let layers = batch.layers();
+            let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_layer(layer)))?;
+            let mut timer = Timer::new(batch.stream());
+            let (mut times, mut again, mut misses, mut all) = (Vec::new(), Vec::new(), 0, 0);
+            for step in 0..(TRACE_WARM_UP + self.rounds).min(trace.steps) {
+                show_progress(&format!("batch of {sequences}, n/{denominator}"), step, TRACE_WARM_UP + self.rounds);
+                set_trace(&mut batch, trace, step)?;
+                for hot in [false, true] {
+                    timer.mark()?;
+                    graph.launch()?;
+                    timer.mark()?;
+                    let time = timer.take()?[0];
+                    let counts = batch.take_counters()?;
+                    if step < TRACE_WARM_UP {
+                        continue;
+                    }
+                    // The same step again finds everything: what the kernels take without the link.
+                    if hot {
+                        again.push(time);
+                    } else {
+                        times.push(time);
+                        misses += counts.iter().map(|counts| counts[1]).sum::<u64>();
+                        all += counts.iter().map(|counts| counts[0] + counts[1]).sum::<u64>();
+                    }
+                }
+            }
+            let missed_bytes = misses as f64 / times.len().max(1) as f64 * batch.shape().geometry.row_bytes() as f64;
+            let mut outcome = StepOutcome::new(
+                &format!("batch of {sequences}, trace, n/{denominator}, pool of {pool}k"),
+                &times,
+                Some(misses as f64 / all.max(1) as f64),
+                batch.bytes(),
+            );
+            outcome.link_ms = Some(missed_bytes / self.outcome.pinned_copy_gb_per_s / 1e6);
+            outcome.compute_ms = median(&again);
+            self.outcome.steps.push(outcome);
+        }
+        Ok(())
+    }
+
+    /// Attention and a pass over the weights of an 8B model in 16 bits, which a token needs besides.
+    fn tokens(&mut self) -> Result<()> {
+        let probe = Probe::new(self.scene.gpu, self.scene.compiler)?;
+        let weights = DeviceBuffer::<u8>::zeroed(&self.scene.gpu.context, WEIGHT_BYTES)?;
+        let dense = self.scene.resident(self.scene.context)?;
+        let layers = dense.layers();
+        let graph = dense.capture(|| (0..layers).try_for_each(|layer| dense.enqueue_dense_layer(layer)))?;
+        let mut timer = Timer::new(dense.stream());
+        let mut times = Vec::new();
+        for round in 0..WARM_UP + self.rounds {
+            timer.mark()?;
+            graph.launch()?;
+            probe.read(dense.stream(), &weights)?;
+            timer.mark()?;
+            let time = timer.take()?[0];
+            if round >= WARM_UP {
+                times.push(time);
+            }
+        }
+        self.outcome.steps.push(StepOutcome::new("whole token: dense, resident, and weights", &times, None, dense.bytes()));
+        drop((graph, dense));
+        let Some(trace) = self.trace else { return Ok(()) };
+        for (denominator, pool) in [(16, 3.0), (64, 4.0)] {
+            let sparse = SparsePlan { trace_rows: Some(trace.rows), ..self.sparse(denominator, pool, self.small()) };
+            let mut batch = self.scene.sparse(&sparse)?;
+            let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_layer(layer)))?;
+            let mut timer = Timer::new(batch.stream());
+            let mut times = Vec::new();
+            for step in 0..(TRACE_WARM_UP + self.rounds).min(trace.steps) {
+                set_trace(&mut batch, trace, step)?;
+                timer.mark()?;
+                graph.launch()?;
+                probe.read(batch.stream(), &weights)?;
+                timer.mark()?;
+                let time = timer.take()?[0];
+                if step >= TRACE_WARM_UP {
+                    times.push(time);
+                }
+            }
+            let name = format!("whole token: trace, n/{denominator}, pool of {pool}k, and weights");
+            self.outcome.steps.push(StepOutcome::new(&name, &times, None, batch.bytes()));
+        }
+        Ok(())
+    }
+
+    /// Exact attention of a piece of a prompt over a prefix of half the context that lies on the host, a layer at a time.
+    fn prefill(&mut self) -> Result<()> {
+        let geometry = self.scene.geometry();
+        let prefix = self.scene.context / 2;
+        let mut device = Cuda::open(self.scene.gpu.ordinal)?;
+        for count in PREFILL_QUERIES {
+            let (mut times, end) = (Vec::new(), prefix + count);
+            let queries: Vec<f32> = (0..count).flat_map(|token| self.scene.generator.query(0, prefix + token, 0)).collect();
+            let (mut output, mut lse) = (vec![0.0; queries.len()], vec![0.0; count * geometry.heads.query_heads()]);
+            for round in 0..1 + self.rounds {
+                let layer = round % self.scene.shape.layers.len();
+                let pages: Vec<&[u8]> = (0..end.div_ceil(CHUNK_TOKENS)).map(|chunk| self.scene.host.page(layer, chunk)).collect();
+                let job = ManyJob { geometry: &geometry, queries: &queries, first_position: prefix, window: None, pages: &pages };
+                let begin = Instant::now();
+                device.attend_many(&job, &mut output, &mut lse);
+                if round > 0 {
+                    times.push(begin.elapsed().as_secs_f64() * 1e3);
+                }
+            }
+            let layer_ms = median(&times).unwrap_or(0.0);
+            let bytes = end * geometry.heads.lanes() * geometry.row_bytes();
+            self.outcome.parts.push(PartOutcome {
+                contestant: format!("prefill over {prefix} tokens on the host"),
+                part: format!("{count} queries"),
+                layer_us: layer_ms * 1e3,
+                gb_per_s: Some(bytes as f64 / layer_ms / 1e6),
+            });
+        }
         Ok(())
     }
 
@@ -295,6 +437,20 @@ impl<'a> Contest<'a> {
         self.outcome.steps.push(StepOutcome::new(name, &times, Some(ratio), batch.bytes()));
         Ok(())
     }
+}
+
+/// Keys of one step of the trace for everybody in the batch, each at a time of its own.
+fn set_trace(batch: &mut Batch, trace: &KeyTrace, step: usize) -> Result<()> {
+    let (layers, lanes, slots) = (batch.layers(), batch.shape().geometry.heads.lanes(), batch.shape().slots);
+    for layer in 0..layers {
+        for slot in 0..slots {
+            // Sequences are lanes beyond those of the first one.
+            let source = |lane| trace.lane_source(layer, slot * lanes + lane, slots * lanes, step);
+            let keys: Vec<u16> = (0..lanes).flat_map(|lane| trace.keys(source(lane).1, source(lane).0)).copied().collect();
+            batch.set_trace(layer, slot, &keys)?;
+        }
+    }
+    Ok(())
 }
 
 /// Settings of sparse steps.

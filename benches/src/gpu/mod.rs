@@ -45,6 +45,14 @@ pub enum Section {
     Hot,
     /// Sparse steps with the hits of a trace.
     Trace,
+    /// The same with more sizes of the pool, for the plot of time against misses.
+    Sweep,
+    /// A whole token: a step and a pass over the weights of an 8B model.
+    Token,
+    /// Pieces of a prompt over a prefix on the host.
+    Prefill,
+    /// `--sequences` in one batch; only when asked for.
+    Batch,
 }
 
 /// Times a decode step on the GPU at long context, with the cache in host memory: parts, peers and floors, side by side.
@@ -68,6 +76,9 @@ pub struct GpuOptions {
     /// Element type of rows.
     #[arg(long, value_enum, default_value_t = RowTypeName::F16)]
     row_type: RowTypeName,
+    /// Sequences on the host, each of the context's length.
+    #[arg(long, default_value_t = 1)]
+    sequences: usize,
     /// Number of the GPU.
     #[arg(long, default_value_t = 0)]
     ordinal: u32,
@@ -107,7 +118,7 @@ impl GpuOptions {
     }
 
     fn wants(&self, section: Section) -> bool {
-        self.only.is_empty() || self.only.contains(&section)
+        if self.only.is_empty() { section != Section::Batch } else { self.only.contains(&section) }
     }
 }
 
@@ -122,6 +133,7 @@ pub fn run(options: &GpuOptions) -> Result<()> {
         "--context: {context} is not a multiple of 256 from 1024 on"
     );
     ensure!((1..=100_000).contains(&options.rounds), "--rounds: {} is outside 1 to 100000", options.rounds);
+    ensure!((1..=64).contains(&options.sequences), "--sequences: {} is outside 1 to 64", options.sequences);
     let shape = options.shape();
     shape.check().context("shape")?;
     let gpu = Gpu::open(options.ordinal)?;
@@ -129,7 +141,7 @@ pub fn run(options: &GpuOptions) -> Result<()> {
     let generator = Generator::new(&shape, options.seed);
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     show_progress("filling host memory", 0, 1);
-    let host = HostCache::fill(&gpu, &shape, &generator, context / CHUNK_TOKENS, options.seed, threads)?;
+    let host = HostCache::fill(&gpu, &shape, &generator, options.sequences * context / CHUNK_TOKENS, options.seed, threads)?;
     let scene = Scene { gpu: &gpu, compiler: &compiler, shape: &shape, generator: &generator, host: &host, context };
     let trace = options.trace.as_deref().map(KeyTrace::read).transpose()?;
     let mut contest = Contest::new(&scene, trace.as_ref(), options.rounds, options.gather_blocks)?;
@@ -142,6 +154,10 @@ pub fn run(options: &GpuOptions) -> Result<()> {
         Section::Cold,
         Section::Hot,
         Section::Trace,
+        Section::Sweep,
+        Section::Token,
+        Section::Prefill,
+        Section::Batch,
     ];
     for section in sections {
         if options.wants(section) {

@@ -26,6 +26,10 @@ pub struct StepOutcome {
     pub hit_rate_by_source: Vec<f64>,
     /// The same of an offline replay in plain code.
     pub offline_hit_rate_by_source: Vec<f64>,
+    /// What the missing rows take at the speed of the pinned copy.
+    pub link_ms: Option<f64>,
+    /// The same steps when nothing is missing.
+    pub compute_ms: Option<f64>,
     /// Device memory of the contestant, in bytes.
     pub gpu_bytes: u64,
     /// Of it, by what it is for.
@@ -46,6 +50,8 @@ impl StepOutcome {
             miss_ratio,
             hit_rate_by_source: Vec::new(),
             offline_hit_rate_by_source: Vec::new(),
+            link_ms: None,
+            compute_ms: None,
             gpu_bytes: bytes.total(),
             bytes,
         }
@@ -153,6 +159,11 @@ impl Outcome {
         for step in self.steps.iter().filter(|step| !step.hit_rate_by_source.is_empty()) {
             let rates = |rates: &[f64]| rates.iter().map(|rate| format!("{rate:.3}")).collect::<Vec<_>>().join(" ");
             println!("{}: hits {}, offline {}", step.name, rates(&step.hit_rate_by_source), rates(&step.offline_hit_rate_by_source));
+        }
+        for step in &self.steps {
+            if let (Some(link), Some(compute)) = (step.link_ms, step.compute_ms) {
+                println!("{}: missing rows alone {link:.3} ms, without misses {compute:.3} ms", step.name);
+            }
         }
         let mut table = Table::new(["contestant", "part", "us a layer", "GB/s"]);
         for part in &self.parts {

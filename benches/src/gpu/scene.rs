@@ -55,6 +55,7 @@ pub struct SparsePlan {
 
 /// Room of a batch.
 struct Room {
+    slots: usize,
     max_count: usize,
     max_entries: usize,
     gather_blocks: usize,
@@ -89,7 +90,7 @@ impl Scene<'_> {
         calibrator.finish().context("a calibration of every layer")
     }
 
-    /// A batch of one slot, in which a new seat is taken.
+    /// A batch in whose slots new seats are taken.
     fn batch(&self, seat: &SeatShape, room: &Room, trace_rows: Option<usize>) -> Result<Batch> {
         let calibration = self.calibration(&seat.plan)?;
         let coders: Vec<LabelCoder> = calibration.layers.iter().map(|layer| LabelCoder::new(&seat.plan, layer)).collect();
@@ -99,7 +100,7 @@ impl Scene<'_> {
         let shape = BatchShape {
             geometry: seat.geometry.clone(),
             plan: seat.plan.clone(),
-            slots: 1,
+            slots: room.slots,
             max_tokens: seat.max_tokens,
             max_count: room.max_count,
             max_entries: room.max_entries,
@@ -107,24 +108,39 @@ impl Scene<'_> {
             trace_rows,
         };
         let mut batch = Batch::new(self.gpu, self.compiler, &shape, &layers)?;
-        let seat = Seat::new(self.gpu, batch.stream(), seat)?;
-        batch.sit(0, &Arc::new(seat))?;
+        for slot in 0..room.slots {
+            let seat = Seat::new(self.gpu, batch.stream(), seat)?;
+            batch.sit(slot, &Arc::new(seat))?;
+        }
         Ok(batch)
     }
 
     /// Copies the rows of chunks to where steps expect those from the horizon on.
-    fn fetch_tail(&self, batch: &Batch, layer: usize, chunks: Range<usize>) -> Result<()> {
-        let seat = batch.seat(0).context("a seat")?;
-        let pages: Vec<&[u8]> = chunks.clone().map(|chunk| self.host.page(layer, chunk)).collect();
+    fn fetch_tail(&self, batch: &Batch, slot: usize, layer: usize, chunks: Range<usize>) -> Result<()> {
+        let seat = batch.seat(slot).context("a seat")?;
+        let pages: Vec<&[u8]> = chunks.clone().map(|chunk| self.host.page(layer, slot * self.chunks() + chunk)).collect();
         Ok(seat.write_tail(batch.stream(), layer, chunks.start, &pages)?)
     }
 
-    /// A sparse contestant, with labels and newest rows on the device and nothing hot.
+    /// Chunks of a sequence.
+    fn chunks(&self) -> usize {
+        self.context.div_ceil(CHUNK_TOKENS)
+    }
+
+    /// A sparse contestant of one sequence, with labels and newest rows on the device and nothing hot.
     ///
     /// # Errors
     /// Memory or a launch that is refused.
     pub fn sparse(&self, sparse: &SparsePlan) -> Result<Batch> {
-        let (layers, chunks) = (self.shape.layers.len(), self.context.div_ceil(CHUNK_TOKENS));
+        self.sparse_batch(sparse, 1)
+    }
+
+    /// The same for `slots` sequences, one after the other in the host's chunks.
+    ///
+    /// # Errors
+    /// Memory or a launch that is refused.
+    pub fn sparse_batch(&self, sparse: &SparsePlan, slots: usize) -> Result<Batch> {
+        let (layers, chunks) = (self.shape.layers.len(), self.chunks());
         let seat = SeatShape {
             geometry: self.geometry(),
             plan: sparse.plan.clone(),
@@ -135,22 +151,28 @@ impl Scene<'_> {
             tail_chunks: 2,
         };
         let count = sparse.settings.selected_tokens(self.context);
-        let room = Room { max_count: count, max_entries: count + 2 * CHUNK_TOKENS, gather_blocks: sparse.gather_blocks };
+        let room = Room { slots, max_count: count, max_entries: count + 2 * CHUNK_TOKENS, gather_blocks: sparse.gather_blocks };
         let mut batch = self.batch(&seat, &room, sparse.trace_rows)?;
         let horizon = sparse.settings.horizon(self.context) / CHUNK_TOKENS;
         batch.set_host(&self.host.rows)?;
-        let pages: Vec<HostPage<'_>> = self.host.places[..horizon].iter().map(|&place| self.host.rows.host_page(place)).collect();
+        for slot in 0..slots {
+            let places = &self.host.places[slot * chunks..(slot + 1) * chunks];
+            let pages: Vec<HostPage<'_>> = places[..horizon].iter().map(|&place| self.host.rows.host_page(place)).collect();
+            for layer in 0..layers {
+                batch.make_labels(layer, slot, 0, &pages)?;
+                self.fetch_tail(&batch, slot, layer, horizon..chunks)?;
+            }
+            if let Some(seat) = batch.seat(slot) {
+                seat.set_host_places(batch.stream(), 0, places)?;
+            }
+            let open = places[chunks - 1];
+            // The last sequence's last chunk is the one that may be written.
+            let grows = (open >> 16) as usize + 1 == self.host.rows.segments().len();
+            batch.set_length(slot, self.context, &sparse.settings, grows.then_some(open))?;
+        }
         for layer in 0..layers {
-            batch.make_labels(layer, 0, 0, &pages)?;
-            self.fetch_tail(&batch, layer, horizon..chunks)?;
             self.set_step(&mut batch, layer, layer, 0)?;
         }
-        if let Some(seat) = batch.seat(0) {
-            seat.set_host_places(batch.stream(), 0, &self.host.places)?;
-        }
-        let open = self.host.places[(self.context - 1) / CHUNK_TOKENS];
-        let grows = (open >> 16) as usize + 1 == self.host.rows.segments().len();
-        batch.set_length(0, self.context, &sparse.settings, grows.then_some(open))?;
         batch.send_states()?;
         batch.wait()?;
         Ok(batch)
@@ -161,11 +183,17 @@ impl Scene<'_> {
     /// # Errors
     /// A failed copy.
     pub fn set_step(&self, batch: &mut Batch, batch_layer: usize, layer: usize, variant: u64) -> Result<()> {
-        batch.set_queries(batch_layer, &self.generator.query(layer, self.context - 1, variant))?;
-        let geometry = self.geometry();
-        let (page, last) = (self.host.page(layer, (self.context - 1) / CHUNK_TOKENS), self.context - 1);
-        let newest = (0..geometry.heads.lanes()).flat_map(|lane| page[geometry.row_offset(lane, last)..][..geometry.row_bytes()].to_vec());
-        batch.set_new_rows(batch_layer, &newest.collect::<Vec<u8>>())?;
+        let (geometry, last, slots) = (self.geometry(), self.context - 1, batch.shape().slots);
+        let query = |slot: usize| self.generator.query(layer, last, variant + slot as u64);
+        batch.set_queries(batch_layer, &(0..slots).flat_map(query).collect::<Vec<f32>>())?;
+        let mut newest = Vec::new();
+        for slot in 0..slots {
+            let page = self.host.page(layer, slot * self.chunks() + last / CHUNK_TOKENS);
+            newest.extend(
+                (0..geometry.heads.lanes()).flat_map(|lane| page[geometry.row_offset(lane, last)..][..geometry.row_bytes()].to_vec()),
+            );
+        }
+        batch.set_new_rows(batch_layer, &newest)?;
         Ok(())
     }
 
@@ -177,7 +205,7 @@ impl Scene<'_> {
         let plan = LabelPlan::small(self.shape.layers[0].head_dim);
         let tail_chunks = context.div_ceil(CHUNK_TOKENS);
         let seat = SeatShape { geometry: self.geometry(), plan, layers, max_tokens: CHUNK_TOKENS, kept: Kept::Pool(0), tail_chunks };
-        let room = Room { max_count: 0, max_entries: tail_chunks * CHUNK_TOKENS, gather_blocks: 1 };
+        let room = Room { slots: 1, max_count: 0, max_entries: tail_chunks * CHUNK_TOKENS, gather_blocks: 1 };
         let mut batch = self.batch(&seat, &room, None)?;
         for layer in 0..layers {
             self.set_step(&mut batch, layer, layer, 0)?;
@@ -197,7 +225,7 @@ impl Scene<'_> {
         let mut batch = self.dense(context, layers)?;
         batch.set_host(&self.host.rows)?;
         for layer in 0..layers {
-            self.fetch_tail(&batch, layer, 0..context / CHUNK_TOKENS)?;
+            self.fetch_tail(&batch, 0, layer, 0..context / CHUNK_TOKENS)?;
         }
         Ok(batch)
     }
