@@ -120,8 +120,10 @@ impl ArenaView {
     }
 
     /// Gathers listed rows of all layers.
-    #[must_use]
-    pub fn gather(&self, lists: &GatherLists, threads: usize) -> ProbeReading {
+    ///
+    /// # Errors
+    /// Lists of positions that are not mapped.
+    pub fn gather(&self, lists: &GatherLists, threads: usize) -> Result<ProbeReading> {
         let pages = self.pages();
         let positions: Vec<Vec<&[u32]>> = lists.layers.iter().map(|lanes| lanes.iter().map(Vec::as_slice).collect()).collect();
         let layers = self.layout.planes.iter().zip(&pages).zip(&positions).map(|((plane, pages), positions)| GatherLayer {
@@ -130,7 +132,7 @@ impl ArenaView {
             rows_per_page: CHUNK_TOKENS,
             row_bytes: self.shape.layers[usize::from(plane.layer)].row_bytes(self.shape.row_type),
         });
-        gather_probe(&layers.collect::<Vec<_>>(), threads)
+        Ok(gather_probe(&layers.collect::<Vec<_>>(), threads)?)
     }
 }
 
@@ -219,7 +221,7 @@ mod tests {
         assert_eq!(view.tokens(), 768);
         assert_eq!(view.read_rows(2).bytes, 6 * row_page);
         assert_eq!(view.read_labels(2).bytes, 6 * label_page);
-        let gathered = view.gather(&GatherLists::random(&shape, 768, 48, 9), 2);
+        let gathered = view.gather(&GatherLists::random(&shape, 768, 48, 9), 2).expect("positions of the view");
         assert_eq!(gathered.bytes, 2 * 48 * 256);
         let error = ArenaView::open(folder.path(), 7, 4, &shape, &plan).expect_err("three are sealed");
         assert!(error.to_string().contains("3 chunks are sealed, 4 wanted"), "{error}");

@@ -98,6 +98,8 @@ impl StreamWay {
         Ok(())
     }
 
+    /// By Decode without queries and not by the client stream Append: every message gets its own answer here, so that full open slots are
+    /// waited for, and after a lost connection it is known which rows the daemon has. Append answers once, at its end.
     fn append_part(&mut self, core: &mut Core, layer: usize, positions: Range<usize>, rows: Bytes) -> Result<(), ClientError> {
         let step = sequence_step(core, layer, &positions, Bytes::new(), Some(rows))?;
         self.exchange(core, &Message { layer, answer: v1::Answer::None, report: false, step }).map(|_| ())

@@ -152,7 +152,7 @@ fn sparse(device: &mut Cpu, world: &World, ratio: usize) {
         let gather: Vec<GatherLayer> =
             layers.map(|(positions, pages)| GatherLayer { pages, positions, rows_per_page: CHUNK, row_bytes: 512 }).collect();
         let before_probes = processor_milliseconds();
-        let gathered = gather_probe(&gather, world.settings.threads);
+        let gathered = gather_probe(&gather, world.settings.threads).expect("positions within the pages");
         let labels: Vec<&[u8]> = world.labels.iter().flat_map(|layer| layer[..horizon].iter().copied()).collect();
         let read = read_probe(&labels, world.settings.threads);
         let probes = processor_milliseconds() - before_probes;

@@ -7,6 +7,7 @@
 //!
 //! No tokio, no gRPC and no generated types in here. All `unsafe` of the project lives in this crate.
 
+pub mod bound;
 pub mod budget;
 pub mod decoder;
 pub mod device;

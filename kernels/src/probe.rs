@@ -8,6 +8,8 @@ use std::sync::Barrier;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
+use thiserror::Error;
+
 /// What a probe read, and how long it took.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ProbeReading {
@@ -63,25 +65,47 @@ pub fn read_probe(parts: &[&[u8]], threads: usize) -> ProbeReading {
 
 /// Reads the listed rows of all layers once, each lane in ascending order, with software prefetch and `threads` threads.
 ///
-/// # Panics
-/// When a position lies outside the pages or a row is not a multiple of 64 bytes: the caller's lists are wrong.
-#[must_use]
-pub fn gather_probe(layers: &[GatherLayer<'_>], threads: usize) -> ProbeReading {
+/// # Errors
+/// A position outside the pages, or rows that are not a multiple of 64 bytes.
+pub fn gather_probe(layers: &[GatherLayer<'_>], threads: usize) -> Result<ProbeReading, ProbeError> {
     let width = Width::detect();
-    let pieces: Vec<GatherPiece<'_>> = layers.iter().flat_map(gather_pieces).collect();
-    timed(threads, pieces.len(), |piece| pieces[piece].read(width))
+    let pieces: Vec<Vec<GatherPiece<'_>>> = layers.iter().map(gather_pieces).collect::<Result<_, _>>()?;
+    let pieces = pieces.concat();
+    Ok(timed(threads, pieces.len(), |piece| pieces[piece].read(width)))
+}
+
+/// Lists that cannot be gathered; nothing was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum ProbeError {
+    /// Rows are read in whole cache lines.
+    #[error("row_bytes: {bytes} is not a positive multiple of {LINE}")]
+    RowBytes {
+        /// Bytes given.
+        bytes: usize,
+    },
+    /// Ascending positions end before the last row.
+    #[error("positions: {position} lies behind the {rows} rows of the pages")]
+    Position {
+        /// Position given.
+        position: u32,
+        /// Rows of all pages.
+        rows: usize,
+    },
 }
 
 /// Ascending rows of one lane of a few neighbouring chunks.
+#[derive(Clone, Copy)]
 struct GatherPiece<'a> {
     layer: GatherLayer<'a>,
     lane: usize,
     positions: &'a [u32],
 }
 
-fn gather_pieces<'a>(layer: &GatherLayer<'a>) -> Vec<GatherPiece<'a>> {
+fn gather_pieces<'a>(layer: &GatherLayer<'a>) -> Result<Vec<GatherPiece<'a>>, ProbeError> {
     let layer = *layer;
-    assert!(layer.row_bytes.is_multiple_of(LINE), "{} bytes a row are not whole lines", layer.row_bytes);
+    if layer.row_bytes == 0 || !layer.row_bytes.is_multiple_of(LINE) {
+        return Err(ProbeError::RowBytes { bytes: layer.row_bytes });
+    }
     let piece_rows = PIECE_CHUNKS * layer.rows_per_page;
     let rows = layer.pages.len() * layer.rows_per_page;
     let mut rest = layer.positions.to_vec();
@@ -94,8 +118,10 @@ fn gather_pieces<'a>(layer: &GatherLayer<'a>) -> Vec<GatherPiece<'a>> {
             *rest = after;
         }
     }
-    assert!(rest.iter().all(|rest| rest.is_empty()), "a position lies behind the {rows} rows of the pages");
-    pieces
+    match rest.iter().find_map(|rest| rest.first()) {
+        Some(&position) => Err(ProbeError::Position { position, rows }),
+        None => Ok(pieces),
+    }
 }
 
 impl GatherPiece<'_> {
@@ -308,18 +334,18 @@ mod tests {
         }
         let rows = positions.iter().map(|list| list.len()).sum::<usize>();
         for threads in [1, 3] {
-            let reading = gather_probe(&[layer], threads);
+            let reading = gather_probe(&[layer], threads).expect("lists within the pages");
             assert_eq!((reading.bytes, reading.check), ((rows * row_bytes) as u64, expected));
-            let twice = gather_probe(&[layer, layer], threads);
+            let twice = gather_probe(&[layer, layer], threads).expect("lists within the pages");
             assert_eq!((twice.bytes, twice.check), (2 * (rows * row_bytes) as u64, 0));
         }
     }
 
     #[test]
-    #[should_panic(expected = "behind the 16 rows")]
-    fn a_position_behind_the_pages_is_a_clear_panic() {
+    fn lists_that_do_not_fit_are_refused() {
         let page = memory(16 * 64 / 8, 3);
         let layer = GatherLayer { pages: &[&page], positions: &[&[3, 16]], rows_per_page: 16, row_bytes: 64 };
-        let _ = gather_probe(&[layer], 1);
+        assert_eq!(gather_probe(&[layer], 1), Err(ProbeError::Position { position: 16, rows: 16 }));
+        assert_eq!(gather_probe(&[GatherLayer { row_bytes: 60, ..layer }], 1), Err(ProbeError::RowBytes { bytes: 60 }));
     }
 }

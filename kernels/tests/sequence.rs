@@ -4,6 +4,7 @@ mod support;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use sluice_kernels::bound::Bound;
 use sluice_kernels::budget::{Budget, Settings};
 use sluice_kernels::decoder::{Attend, Decoder, DeviceLimits, StepError, StepReport, StepRequest};
 use sluice_kernels::device::{DeviceKind, open};
@@ -262,7 +263,7 @@ fn truncation_forgets_what_follows() {
     sequence.truncated(300);
     assert_eq!((sequence.committed(), sequence.written(2)), (300, 300));
     append(&mut sequence, 300..310);
-    assert!(matches!(sequence.begin_truncate(311), Err(SequenceError::Bound { value: 311, high: 310, .. })));
+    assert!(matches!(sequence.begin_truncate(311), Err(SequenceError::Bound(Bound { value: 311, high: 310, .. }))));
 }
 
 #[test]

@@ -11,7 +11,7 @@ use sluice_kernels::device::cuda::batch::{Batch, BatchLayer, BatchShape};
 use sluice_kernels::device::cuda::compile::Compiler;
 use sluice_kernels::device::cuda::host::{HostPage, HostPart};
 use sluice_kernels::device::cuda::seat::{Kept, Seat, SeatShape};
-use sluice_kernels::device::cuda::stream::DoubleBuffer;
+use sluice_kernels::device::cuda::whole_cache::DoubleBuffer;
 use sluice_kernels::label::{Calibration, Calibrator, LabelCoder, LabelPlan};
 use sluice_kernels::shape::ModelShape;
 use sluice_kernels::slot::CHUNK_TOKENS;

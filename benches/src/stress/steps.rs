@@ -180,7 +180,7 @@ impl Groups {
 impl SparseGroup {
     fn measure(&mut self, bench: &Bench, view: &ArenaView, token: u32, position: usize, input: &[StepInput]) -> Result<()> {
         let threads = bench.options.workload.threads();
-        let gather_gb_per_s = view.gather(&self.lists, threads).gb_per_s();
+        let gather_gb_per_s = view.gather(&self.lists, threads)?.gb_per_s();
         let label_read_gb_per_s = view.read_labels(threads).gb_per_s();
         let (ms, report) = step(bench, &mut self.sessions, token, position, input, AttendMode::Sparse)?;
         let milliseconds = |nanoseconds: u64| nanoseconds as f64 / 1e6;

@@ -71,7 +71,7 @@ impl Engine {
     pub(crate) fn available_chunks(&self, model: u64, kept: u64) -> u64 {
         let Some(state) = self.models.get(&model) else { return 0 };
         let class = if state.has(SlotClass::Selected) { SlotClass::Selected } else { SlotClass::Window };
-        let idle = self.chunks.iter().filter(|chunk| chunk.record.model == model && chunk.holders == 0).count() as u64;
+        let idle = self.chunks.idle(model) as u64;
         let growing = self.growing.get(&(model, class)).copied().unwrap_or(0);
         let growth = (self.growth_left(model, class) + growing) / state.class(class).slot_bytes.max(1);
         self.arena.free_slots(model, class) + idle.saturating_sub(kept) + growth

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 
 use sluice_kernels::slot::SlotId;
 
+use crate::engine::idle::{IdleChunks, Idleness};
 use crate::engine::name::Name;
 use crate::journal::ChunkRecord;
 
@@ -15,9 +16,9 @@ pub struct Chunk {
     /// What is journaled.
     pub record: ChunkRecord,
     /// Sequences that hold it, and slots of dropped paths that wait for a step to complete.
-    pub holders: u32,
+    holders: u32,
     /// Chunks whose parent it is.
-    pub children: u32,
+    children: u32,
     /// Ends (growing or reusable) whose window reaches it.
     pub window_needs: u32,
     /// Whether its rows were checked since the daemon started.
@@ -29,6 +30,16 @@ pub struct Chunk {
 }
 
 impl Chunk {
+    /// Whether anybody holds it.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.holders > 0
+    }
+
+    fn idleness(&self) -> Option<Idleness> {
+        (self.holders == 0).then_some(Idleness { is_leaf: self.children == 0, last_used: self.last_used })
+    }
+
     /// Whether an Open may find it.
     #[must_use]
     pub fn is_shareable(&self) -> bool {
@@ -41,6 +52,7 @@ impl Chunk {
 pub struct ChunkStore {
     chunks: HashMap<u64, Chunk>,
     names: HashMap<(u64, Name), u64>,
+    idle: IdleChunks,
     now: u64,
     held: usize,
 }
@@ -60,12 +72,22 @@ impl ChunkStore {
         if let Some(name) = record.name {
             self.names.insert((record.model, name), record.id);
         }
-        if let Some(parent) = record.parent.and_then(|parent| self.chunks.get_mut(&parent)) {
-            parent.children += 1;
+        if let Some(parent) = record.parent {
+            self.change(parent, |parent| parent.children += 1);
         }
         self.now += 1;
         let chunk = Chunk { record, holders: 0, children: 0, window_needs: 0, verified, quarantined: false, last_used: self.now };
+        self.idle.change(record.model, record.id, None, chunk.idleness());
         self.chunks.insert(record.id, chunk);
+    }
+
+    /// Changes what the index of idle chunks depends on.
+    fn change<T>(&mut self, id: u64, change: impl FnOnce(&mut Chunk) -> T) -> Option<T> {
+        let chunk = self.chunks.get_mut(&id)?;
+        let before = chunk.idleness();
+        let result = change(chunk);
+        self.idle.change(chunk.record.model, id, before, chunk.idleness());
+        Some(result)
     }
 
     /// A chunk.
@@ -111,21 +133,27 @@ impl ChunkStore {
     /// One more holder.
     pub fn hold(&mut self, id: u64) {
         self.now += 1;
-        if let Some(chunk) = self.chunks.get_mut(&id) {
+        let now = self.now;
+        let first = self.change(id, |chunk| {
             chunk.holders += 1;
-            chunk.last_used = self.now;
-            self.held += usize::from(chunk.holders == 1);
-        }
+            chunk.last_used = now;
+            chunk.holders == 1
+        });
+        self.held += usize::from(first == Some(true));
     }
 
     /// One holder less. Chunks that nobody can find again leave the store at once, with their parents of the same kind.
     pub fn release(&mut self, id: u64) -> Vec<Removed> {
         self.now += 1;
-        let Some(chunk) = self.chunks.get_mut(&id) else { return Vec::new() };
-        assert!(chunk.holders > 0, "chunk {id} is released more often than held");
-        chunk.holders -= 1;
-        chunk.last_used = self.now;
-        self.held -= usize::from(chunk.holders == 0);
+        let now = self.now;
+        let last = self.change(id, |chunk| {
+            assert!(chunk.holders > 0, "chunk {id} is released more often than held");
+            chunk.holders -= 1;
+            chunk.last_used = now;
+            chunk.holders == 0
+        });
+        let Some(last) = last else { return Vec::new() };
+        self.held -= usize::from(last);
         self.remove_unreachable(id)
     }
 
@@ -173,8 +201,13 @@ impl ChunkStore {
     /// The unheld leaf of a model that was used least recently: the one to shed.
     #[must_use]
     pub fn least_recent_leaf(&self, model: u64) -> Option<u64> {
-        let idle = |chunk: &&Chunk| chunk.record.model == model && chunk.holders == 0 && chunk.children == 0;
-        self.chunks.values().filter(idle).min_by_key(|chunk| chunk.last_used).map(|chunk| chunk.record.id)
+        self.idle.least_recent_leaf(model)
+    }
+
+    /// Chunks of a model that nobody holds.
+    #[must_use]
+    pub fn idle(&self, model: u64) -> usize {
+        self.idle.count(model)
     }
 
     /// The reusable end of a model that was used least recently, unheld ones first.
@@ -193,6 +226,7 @@ impl ChunkStore {
             self.held -= usize::from(chunk.is_some_and(|chunk| chunk.holders > 0));
         }
         self.names.retain(|&(of, _), _| of != model);
+        self.idle.forget_model(model);
         ids
     }
 
@@ -202,14 +236,73 @@ impl ChunkStore {
         assert!(chunk.holders == 0 && chunk.children == 0, "chunk {id} is removed while it is needed");
         let chunk = self.chunks.remove(&id)?;
         let record = chunk.record;
+        self.idle.change(record.model, id, chunk.idleness(), None);
         if let Some(name) = record.name
             && self.names.get(&(record.model, name)) == Some(&id)
         {
             self.names.remove(&(record.model, name));
         }
-        if let Some(parent) = record.parent.and_then(|parent| self.chunks.get_mut(&parent)) {
-            parent.children -= 1;
+        if let Some(parent) = record.parent {
+            self.change(parent, |parent| parent.children -= 1);
         }
         Some(Removed { id, slots: [record.selected, record.window] })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::engine::name::RootParts;
+
+    fn record(id: u64, model: u64, parent: Option<u64>) -> ChunkRecord {
+        let parts = RootParts { salt: &id.to_le_bytes(), namespace: "", model_digest: &[0; 32], extra_keys: &[] };
+        let (name, selected, digest) = (Some(Name::root(&parts)), None, [0; 32]);
+        ChunkRecord { id, model, index: 0, name, parent, fidelity: None, dense: true, selected, window: None, digest, reusable_end: false }
+    }
+
+    fn scanned_leaf(store: &ChunkStore, model: u64) -> Option<u64> {
+        let leaves = store.iter().filter(|chunk| chunk.record.model == model && chunk.holders == 0 && chunk.children == 0);
+        leaves.min_by_key(|chunk| chunk.last_used).map(|chunk| chunk.record.id)
+    }
+
+    proptest! {
+        #[test]
+        fn idle_chunks_are_those_that_a_scan_finds(steps in prop::collection::vec((0u8..6, any::<prop::sample::Index>()), 1..200)) {
+            let mut store = ChunkStore::default();
+            for (id, (step, pick)) in steps.into_iter().enumerate() {
+                let id = id as u64;
+                let mut known: Vec<u64> = store.iter().map(|chunk| chunk.record.id).collect();
+                known.sort_unstable();
+                let picked = (!known.is_empty()).then(|| known[pick.index(known.len())]);
+                let chunk = picked.and_then(|id| store.get(id));
+                let (model, held) = (chunk.map_or(id % 2, |chunk| chunk.record.model), chunk.is_some_and(Chunk::is_held));
+                match (step, picked) {
+                    (0, parent) => store.add(record(id, model, parent), true),
+                    (1, _) => store.add(record(id, id % 2, None), true),
+                    (2, Some(picked)) => store.hold(picked),
+                    (3, Some(picked)) if held => {
+                        store.release(picked);
+                    }
+                    (4, Some(picked)) => {
+                        store.quarantine(picked);
+                    }
+                    (5, _) => {
+                        if let Some(leaf) = store.least_recent_leaf(id % 2) {
+                            store.remove(leaf);
+                        } else {
+                            store.remove_model(id % 2);
+                        }
+                    }
+                    _ => {}
+                }
+                for model in 0..2 {
+                    prop_assert_eq!(store.least_recent_leaf(model), scanned_leaf(&store, model));
+                    let idle = store.iter().filter(|chunk| chunk.record.model == model && !chunk.is_held()).count();
+                    prop_assert_eq!(store.idle(model), idle);
+                }
+            }
+        }
     }
 }

@@ -14,6 +14,7 @@ pub mod counters;
 mod direct;
 pub mod error;
 pub mod handle;
+mod idle;
 pub mod lease;
 mod lifecycle;
 pub mod limbo;

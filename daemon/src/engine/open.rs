@@ -128,7 +128,7 @@ impl Engine {
         let promised = self.sequences.values().filter(|sequence| sequence.record.model == model && sequence.is_held());
         let promised: u64 =
             promised.map(|sequence| (sequence.record.prompt_chunks as usize).saturating_sub(sequence.path.len()) as u64).sum();
-        let kept = path.iter().filter(|&&id| self.chunks.get(id).is_some_and(|chunk| chunk.holders == 0)).count();
+        let kept = path.iter().filter(|&&id| self.chunks.get(id).is_some_and(|chunk| !chunk.is_held())).count();
         let available = self.available_chunks(model, kept as u64).saturating_sub(promised);
         if wanted > available {
             let fix = "close sequences, or raise arena_bytes (counted in chunks of 256 tokens)";

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use thiserror::Error;
 
+use crate::bound::Bound;
 use crate::budget::Settings;
 use crate::decoder::{Resident, fidelity_digest};
 use crate::device::LayerGeometry;
@@ -36,17 +37,8 @@ use path::Path;
 #[derive(Debug, Error)]
 pub enum SequenceError {
     /// An argument out of its bound.
-    #[error("{field}: {value} is outside {low} to {high}")]
-    Bound {
-        /// Field.
-        field: &'static str,
-        /// Value given.
-        value: u64,
-        /// Least value.
-        low: u64,
-        /// Greatest value.
-        high: u64,
-    },
+    #[error(transparent)]
+    Bound(#[from] Bound),
     /// Rows must come without gaps.
     #[error("first_position: {given}, but the next row of layer {layer} is {expected}")]
     Position {
@@ -364,7 +356,7 @@ impl Sequence {
         if layer < count {
             return Ok(());
         }
-        Err(SequenceError::Bound { field: "layer", value: layer as u64, low: 0, high: count as u64 - 1 })
+        Err(Bound { field: "layer", value: layer as u64, low: 0, high: count as u64 - 1 }.into())
     }
 
     /// Takes account of the token ids of consecutive tokens, from the first one without an id on. Writer 0 stores them; every writer marks the
@@ -468,7 +460,7 @@ impl Sequence {
     /// A position beyond the committed tokens.
     pub fn begin_truncate(&mut self, position: usize) -> Result<(), SequenceError> {
         if position > self.committed {
-            return Err(SequenceError::Bound { field: "position", value: position as u64, low: 0, high: self.committed as u64 });
+            return Err(Bound { field: "position", value: position as u64, low: 0, high: self.committed as u64 }.into());
         }
         self.open.set_committed(position as u64);
         Ok(())
@@ -636,7 +628,7 @@ fn check_lanes(shape: &ModelShape, lanes: Option<&Range<usize>>) -> Result<(), S
     let Some(lanes) = lanes else { return Ok(()) };
     let fewest = shape.layers.iter().map(crate::shape::LayerShape::lanes).min().unwrap_or(0);
     if lanes.is_empty() || lanes.end > fewest {
-        return Err(SequenceError::Bound { field: "lanes", value: lanes.end as u64, low: lanes.start as u64 + 1, high: fewest as u64 });
+        return Err(Bound { field: "lanes", value: lanes.end as u64, low: lanes.start as u64 + 1, high: fewest as u64 }.into());
     }
     Ok(())
 }

@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
+use crate::bound::Bound;
 use crate::shared::mapping::{Mapping, PAGE_BYTES, page_align};
 use crate::shared::{LAYOUT_VERSION, SharedError};
 use crate::slot::{SlotClass, SlotId};
@@ -72,7 +73,7 @@ impl Board {
         }
         let chunks = header.word(WORD_TABLE_CHUNKS).load(Relaxed);
         let table_chunks = u32::try_from(chunks).ok().filter(|&count| count > 0 && count <= 1 << 24);
-        let table_chunks = table_chunks.ok_or(SharedError::Bound { field: "board.table_chunks", value: chunks, low: 1, high: 1 << 24 })?;
+        let table_chunks = table_chunks.ok_or(Bound { field: "board.table_chunks", value: chunks, low: 1, high: 1 << 24 })?;
         let words = match access {
             crate::shared::segment::Access::ReadOnly => Mapping::read_only("board", file, Self::file_bytes(table_chunks))?,
             crate::shared::segment::Access::Writable => Mapping::writable("board", file, Self::file_bytes(table_chunks))?,

@@ -14,6 +14,8 @@ pub mod segment;
 
 use thiserror::Error;
 
+use crate::bound::Bound;
+
 /// Version of the shared layout: board words, open-slot header, planes.
 pub const LAYOUT_VERSION: u32 = 2;
 
@@ -55,17 +57,8 @@ pub enum SharedError {
         expected_version: u64,
     },
     /// An argument out of its bound.
-    #[error("{field}: {value} is outside {low} to {high}")]
-    Bound {
-        /// Field.
-        field: &'static str,
-        /// Value given.
-        value: u64,
-        /// Least value.
-        low: u64,
-        /// Greatest value.
-        high: u64,
-    },
+    #[error(transparent)]
+    Bound(#[from] Bound),
 }
 
 impl SharedError {

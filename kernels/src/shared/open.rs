@@ -18,6 +18,7 @@ use std::sync::atomic::fence;
 
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::bound::Bound;
 use crate::layout::{ClassLayout, Plane};
 use crate::shape::ModelShape;
 use crate::shared::mapping::{Mapping, PAGE_BYTES, page_align};
@@ -65,7 +66,7 @@ impl OpenLayout {
     /// `slots` outside 2 to [`MAX_OPEN_SLOTS`].
     pub fn new(shape: &ModelShape, slots: u32) -> Result<Self, SharedError> {
         if !(2..=MAX_OPEN_SLOTS).contains(&slots) {
-            return Err(SharedError::Bound { field: "open_slots", value: slots.into(), low: 2, high: MAX_OPEN_SLOTS.into() });
+            return Err(Bound { field: "open_slots", value: slots.into(), low: 2, high: MAX_OPEN_SLOTS.into() }.into());
         }
         let selected = Arc::new(ClassLayout::new(shape, SlotClass::Selected));
         let window = Arc::new(ClassLayout::new(shape, SlotClass::Window));
@@ -149,7 +150,7 @@ impl OpenSlots {
     /// Another version's file, a file too short, or a writer index out of bounds.
     pub fn map(file: &File, layout: OpenLayout, writer: usize) -> Result<Self, SharedError> {
         if writer >= MAX_WRITERS {
-            return Err(SharedError::Bound { field: "writer", value: writer as u64, low: 0, high: MAX_WRITERS as u64 - 1 });
+            return Err(Bound { field: "writer", value: writer as u64, low: 0, high: MAX_WRITERS as u64 - 1 }.into());
         }
         let mapping = Mapping::writable("open slots", file, layout.file_bytes())?;
         let (magic, version) = (mapping.word(WORD_MAGIC).load(Acquire), mapping.word(WORD_VERSION).load(Relaxed));
@@ -245,7 +246,7 @@ impl OpenSlots {
     /// More than [`MAX_OPAQUE_BYTES`].
     pub fn store_opaque(&self, state: &[u8]) -> Result<(), SharedError> {
         if state.len() > MAX_OPAQUE_BYTES {
-            return Err(SharedError::Bound { field: "opaque_state", value: state.len() as u64, low: 0, high: MAX_OPAQUE_BYTES as u64 });
+            return Err(Bound { field: "opaque_state", value: state.len() as u64, low: 0, high: MAX_OPAQUE_BYTES as u64 }.into());
         }
         let buffer_at = |which: u64| (self.layout.opaque_at + which * PAGE_BYTES) as usize;
         let number = |which: u64| self.mapping.word(buffer_at(which) / 8 + 1).load(Acquire);
@@ -380,7 +381,7 @@ impl OpenFile {
     /// More than [`MAX_OPAQUE_BYTES`], or the file cannot be written.
     pub fn store_opaque(&self, state: &[u8]) -> Result<(), SharedError> {
         if state.len() > MAX_OPAQUE_BYTES {
-            return Err(SharedError::Bound { field: "opaque_state", value: state.len() as u64, low: 0, high: MAX_OPAQUE_BYTES as u64 });
+            return Err(Bound { field: "opaque_state", value: state.len() as u64, low: 0, high: MAX_OPAQUE_BYTES as u64 }.into());
         }
         let buffer_at = |which: usize| self.layout.opaque_at + which as u64 * PAGE_BYTES;
         let mut numbers = [0u64; 2];
@@ -418,7 +419,7 @@ impl OpenFile {
         if slot < self.layout.slots {
             return Ok(slot);
         }
-        Err(SharedError::Bound { field: "open slot", value: slot.into(), low: 0, high: u64::from(self.layout.slots) - 1 })
+        Err(Bound { field: "open slot", value: slot.into(), low: 0, high: u64::from(self.layout.slots) - 1 }.into())
     }
 
     fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), SharedError> {

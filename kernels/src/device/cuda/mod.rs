@@ -19,9 +19,9 @@ pub mod seat;
 pub mod staged;
 mod staged_step;
 pub mod step;
-pub mod stream;
 pub mod streamed;
 pub mod timer;
+pub mod whole_cache;
 
 pub use error::{CudaError, Doing};
 pub use open::{Gpu, OpenError};
