@@ -176,7 +176,7 @@ fn open_device(config: &EngineConfig) -> Result<Box<dyn sluice_kernels::device::
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = if config.device_threads == 0 { cores } else { config.device_threads };
     sluice_kernels::device::open(config.device, threads)
-        .map_err(|error| EngineError::invalid("decode.device", error, "devices of this machine"))
+        .map_err(|error| EngineError::invalid("decode.device", config.device, format!("the devices of this machine ({error})")))
 }
 
 /// State of the thread.
