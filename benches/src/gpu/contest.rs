@@ -32,6 +32,9 @@ const WARM_UP: usize = 3;
 const TRACE_WARM_UP: usize = 32;
 const TRACE_ROUNDS: usize = 48;
 
+/// Kernels of a layer, in their order.
+const PARTS: [&str; 4] = ["score", "select", "gather", "attend"];
+
 /// Runs sections and gathers what they find.
 pub struct Contest<'a> {
     scene: &'a Scene<'a>,
@@ -171,26 +174,26 @@ impl<'a> Contest<'a> {
                 }
                 self.time_parts(&batch, &format!("n/{denominator} {}", if cold { "cold" } else { "hot" }))?;
             }
+            self.time_parts_in_graphs(&batch, &format!("n/{denominator} hot, in a graph"))?;
         }
         Ok(())
     }
 
     fn time_parts(&mut self, batch: &Batch, name: &str) -> Result<()> {
-        const NAMES: [&str; 5] = ["score", "select", "victims", "gather", "attend"];
         let mut timer = Timer::new(batch.stream());
         let layers = batch.layers();
         timer.mark()?;
         for layer in 0..layers {
-            for part in 0..NAMES.len() {
+            for part in 0..PARTS.len() {
                 batch.enqueue_part(layer, part)?;
                 timer.mark()?;
             }
         }
         let times = timer.take()?;
         let geometry = batch.shape().geometry.clone();
-        for (part, part_name) in NAMES.into_iter().enumerate() {
+        for (part, part_name) in PARTS.into_iter().enumerate() {
             // The first layer pays for what is not warm yet.
-            let of_part: Vec<f64> = times.iter().skip(NAMES.len()).skip(part).step_by(NAMES.len()).copied().collect();
+            let of_part: Vec<f64> = times.iter().skip(PARTS.len()).skip(part).step_by(PARTS.len()).copied().collect();
             let layer_ms = median(&of_part).unwrap_or(0.0);
             let lanes = geometry.heads.lanes();
             let bytes = match part_name {
@@ -204,6 +207,38 @@ impl<'a> Contest<'a> {
                 part: part_name.to_owned(),
                 layer_us: layer_ms * 1e3,
                 gb_per_s: bytes.map(|bytes| bytes as f64 / layer_ms / 1e6),
+            });
+        }
+        Ok(())
+    }
+
+    /// What each kernel adds to a graph of all layers: without events between them, and with everything hot.
+    fn time_parts_in_graphs(&mut self, batch: &Batch, name: &str) -> Result<()> {
+        let layers = batch.layers();
+        let label_bytes = batch.shape().geometry.heads.lanes() * batch.shape().max_tokens * batch.shape().plan.label_bytes();
+        let mut before = 0.0;
+        for (last, part) in PARTS.into_iter().enumerate() {
+            let graph =
+                batch.capture(|| (0..layers).try_for_each(|layer| (0..=last).try_for_each(|part| batch.enqueue_part(layer, part))))?;
+            let mut timer = Timer::new(batch.stream());
+            let mut times = Vec::new();
+            for round in 0..WARM_UP + self.rounds {
+                timer.mark()?;
+                graph.launch()?;
+                timer.mark()?;
+                let time = timer.take()?[0];
+                if round >= WARM_UP {
+                    times.push(time);
+                }
+            }
+            let layer_ms = median(&times).unwrap_or(0.0) / layers as f64;
+            let own_ms = layer_ms - before;
+            before = layer_ms;
+            self.outcome.parts.push(PartOutcome {
+                contestant: name.to_owned(),
+                part: part.to_owned(),
+                layer_us: own_ms * 1e3,
+                gb_per_s: (part == "score").then(|| label_bytes as f64 / own_ms / 1e6),
             });
         }
         Ok(())

@@ -86,7 +86,7 @@ pub struct GpuOptions {
     #[arg(long, default_value_t = 20)]
     rounds: usize,
     /// Blocks of the gather.
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, default_value_t = 128)]
     gather_blocks: usize,
     /// Only these sections; all by default.
     #[arg(long, value_enum, value_delimiter = ',')]

@@ -1,31 +1,33 @@
 // Attention of one query token a batch slot over the selected rows, then the rows from the horizon on, all on the device.
 //
 // A lane's rows are one list: the selected ones in position order, then the newest. A block attends `block_rows` consecutive entries of it,
-// its warps sixteen rows at a time, and leaves a partial result; `merge` joins the partials in block order. So the result depends on the
-// list alone, not on where a row lay, on the batch or on how many blocks ran at once.
+// its warps sixteen rows at a time, and leaves a partial result; the lane's last block to come that far joins the partials in block order. So
+// the result depends on the list alone, not on where a row lay, on the batch or on how many blocks ran at once.
+//
+// In dense steps the rows, but for the newest, are on their way before the kernel waits for the one before it.
 //
 // Keys by queries and values by weights run on tensor cores, straight from registers: a thread loads 16 bytes of a row, and the order of
 // channels within a product is whatever those loads give. Queries and weights are split into two halves each (split_rows), which keeps
 // their 21 and more bits. Codes of e4m3 become halves between load and product; the scales of the lane multiply scores and output.
-#include "types.cuh"
+#include "append.cuh"
+#include "meet.cuh"
 #include "mma.cuh"
 
-constexpr u32 WARPS = 4;
+constexpr u32 WARPS = ATTEND_WARPS;
 constexpr u32 THREADS = 32 * WARPS;
-constexpr u32 TILE = 16;
 constexpr u32 PARTIAL = GROUP * (HEAD_DIM + 2);
-constexpr u32 MERGE_THREADS = 512;
 constexpr float LOWEST = -3.0e38f;
 
 // The rows that a lane attends.
 struct List {
     const u32* positions;
     const u32* places;
-    const u8* hot;   // of the lane
+    const u8* hot;     // of the lane
     const u8* tail;
+    const u8* newest;  // the newest row, where it is not in the tail yet; or none
     u64 tail_stride;
     u32 listed, entries, horizon, tail_chunks;
-    bool resident;  // row p lies at hot place p
+    bool resident;     // row p lies at hot place p
 };
 
 __device__ __forceinline__ List list_of(const StepJob& job, const SequenceState& sequence, const LayerPlace& place, u32 slot, u32 lane) {
@@ -33,7 +35,7 @@ __device__ __forceinline__ List list_of(const StepJob& job, const SequenceState&
     List list;
     list.horizon = sequence.chunks * CHUNK_TOKENS;
     list.listed = sequence.count;
-    list.entries = sequence.count + sequence.length - list.horizon;
+    list.entries = sequence.length ? sequence.count + sequence.length - list.horizon : 0;
     list.resident = place.map == 0;
     list.positions = sequence.count == list.horizon ? nullptr : reinterpret_cast<const u32*>(job.positions) + own_lane * job.max_count;
     list.places = reinterpret_cast<const u32*>(job.hot_places) + own_lane * job.max_count;
@@ -41,19 +43,28 @@ __device__ __forceinline__ List list_of(const StepJob& job, const SequenceState&
     list.tail_chunks = place.tail_chunks;
     list.tail_stride = job.page_bytes;
     list.tail = reinterpret_cast<const u8*>(place.tail) + (u64)lane * CHUNK_TOKENS * ROW_BYTES;
+    list.newest = job.appends ? reinterpret_cast<const u8*>(job.new_rows) + own_lane * ROW_BYTES : nullptr;
     return list;
 }
 
+// Where a row lies.
 __device__ __forceinline__ const u8* row_of(const List& list, u32 entry) {
     if (entry < list.listed) {
         const u32 at = !list.resident ? list.places[entry] : list.positions ? list.positions[entry] : entry;
         return list.hot + (u64)at * ROW_BYTES;
     }
+    if (list.newest && entry + 1 == list.entries) return list.newest;
     const u32 row = list.horizon + entry - list.listed;
     return list.tail + row / CHUNK_TOKENS % list.tail_chunks * list.tail_stride + row % CHUNK_TOKENS * ROW_BYTES;
 }
 
+// Where the row lies that `thread` of the warp knows of.
+__device__ __forceinline__ const u8* row_of_thread(const u8* own, u32 thread) {
+    return reinterpret_cast<const u8*>(__shfl_sync(0xFFFFFFFFu, reinterpret_cast<u64>(own), thread));
+}
+
 #if ROW_TYPE != ROW_F32
+constexpr u32 TILE = 16;
 constexpr u32 COLUMN_TILES = (GROUP + 7) / 8;
 constexpr u32 KEY_PRODUCTS = HEAD_DIM / 16;
 // Row elements that a thread loads of a value at once: all eight threads of a row together load contiguous bytes.
@@ -128,24 +139,25 @@ __device__ __forceinline__ u32 value_pair(const u32 (&first)[LOADED_WORDS], cons
 #endif
 }
 
-__device__ __forceinline__ Keys load_keys(const List& list, u32 entry, u32 last) {
+// Rows of a tile: thread r of the warp, and thread 16 + r, know where row r lies.
+__device__ __forceinline__ Keys load_keys(const u8* own) {
     const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     Keys keys;
 #pragma unroll
     for (u32 r = 0; r < 2; r++) {
-        const u8* row = row_of(list, min(entry + g + 8 * r, last)) + sizeof(KeyPart) * t;
+        const u8* row = row_of_thread(own, g + 8 * r) + sizeof(KeyPart) * t;
 #pragma unroll
         for (u32 i = 0; i < HEAD_DIM / 32; i++) keys.row[r][i] = load_key_part(row + 4 * sizeof(KeyPart) * i);
     }
     return keys;
 }
 
-__device__ __forceinline__ Values load_values(const List& list, u32 entry, u32 last) {
+__device__ __forceinline__ Values load_values(const u8* own) {
     const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     Values values;
 #pragma unroll
     for (u32 r = 0; r < 4; r++) {
-        const u8* row = row_of(list, min(entry + 2 * t + r % 2 + r / 2 * 8, last)) + HEAD_DIM * ELEMENT_BYTES + 4 * LOADED_WORDS * g;
+        const u8* row = row_of_thread(own, 2 * t + r % 2 + r / 2 * 8) + HEAD_DIM * ELEMENT_BYTES + 4 * LOADED_WORDS * g;
 #pragma unroll
         for (u32 i = 0; i < VALUE_LOADS; i++) {
             if constexpr (LOADED_WORDS == 4) {
@@ -273,11 +285,27 @@ __device__ __forceinline__ void attend_entries(const StepJob& job, const List& l
     __shared__ __align__(16) u8 shared[BYTES];
     Queries& queries = *reinterpret_cast<Queries*>(shared);
     JoinRoom& room = *reinterpret_cast<JoinRoom*>(shared);
+    const u32 own = threadIdx.x % TILE, last = end - 1;
     u32 entry = begin + threadIdx.x / 32 * TILE;
-    // The first rows are on their way while the queries are made ready.
-    Keys keys = load_keys(list, entry, end - 1);
-    Values values = load_values(list, entry, end - 1);
-    set_queries(job, slot, lane, queries);
+    const u8* row = nullptr;
+    Keys keys;
+    Values values;
+    // A dense step's rows lie where they lay at its beginning, but for the newest; the queries are made by the kernel before this one. In a
+    // sparse step kernels before this one have chosen and fetched the rows since the queries were made.
+    bool early = false;
+    if (begin < end && job.appends) {
+        row = row_of(list, min(entry + own, last));
+        early = __all_sync(0xFFFFFFFFu, row != list.newest);
+        if (early) keys = load_keys(row), values = load_values(row);
+    }
+    if (begin < end && !job.appends) set_queries(job, slot, lane, queries);
+    enter_stream();
+    if (begin >= end) return;
+    if (job.appends) set_queries(job, slot, lane, queries);
+    if (!early) {
+        row = row_of(list, min(entry + own, last));
+        keys = load_keys(row), values = load_values(row);
+    }
     const float factor = key_factor(job.scales, lane);
     Running running[COLUMN_TILES];
 #pragma unroll
@@ -286,13 +314,12 @@ __device__ __forceinline__ void attend_entries(const StepJob& job, const List& l
         running[tile].largest[0] = running[tile].largest[1] = LOWEST;
     }
     while (entry < end) {
+        const u32 next = entry + WARPS * TILE;
+        if (next < end) row = row_of(list, min(next + own, last));
 #pragma unroll
         for (u32 tile = 0; tile < COLUMN_TILES; tile++) attend_tile(keys, values, queries.b[tile], factor, end - entry, running[tile]);
-        entry += WARPS * TILE;
-        if (entry < end) {
-            keys = load_keys(list, entry, end - 1);
-            values = load_values(list, entry, end - 1);
-        }
+        entry = next;
+        if (entry < end) keys = load_keys(row), values = load_values(row);
     }
 #pragma unroll
     for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
@@ -312,6 +339,7 @@ __device__ __forceinline__ float warp_sum(float x) {
 
 __device__ __forceinline__ void attend_entries(const StepJob& job, const List& list, u32 slot, u32 lane, u32 begin, u32 end, float* partial) {
     constexpr u32 own = HEAD_DIM / 32;
+    enter_stream();
     const u32 warp = threadIdx.x / 32, thread = threadIdx.x % 32;
     // Warps take heads in turns: each head meets all rows of the block in order.
     for (u32 head = warp; head < GROUP; head += WARPS) {
@@ -336,74 +364,129 @@ __device__ __forceinline__ void attend_entries(const StepJob& job, const List& l
 }
 #endif
 
-// Four blocks fit a processor where rows are short enough.
-constexpr u32 AT_LEAST = HEAD_DIM <= 128 && GROUP <= 8 ? 4 : 1;
+// Blocks whose partials are joined at a time.
+constexpr u32 TOGETHER = 64;
 
-extern "C" __global__ void __launch_bounds__(THREADS, AT_LEAST) attend(const StepJob job) {
-    enter_stream();
-    const u32 lane = blockIdx.y, slot = blockIdx.z;
-    const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
-    const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
-    if (sequence.length == 0) return;
-    const List list = list_of(job, sequence, place, slot, lane);
-    const u32 begin = blockIdx.x * sequence.block_rows, end = min(list.entries, begin + sequence.block_rows);
-    if (begin >= end) return;
-    float* partial = reinterpret_cast<float*>(job.partials) + ((u64)(slot * job.lanes + lane) * job.max_blocks + blockIdx.x) * PARTIAL;
-    attend_entries(job, list, slot, lane, begin, end, partial);
+struct MergeRoom {
+    float share[TOGETHER][GROUP];
+    float keep[GROUP], sum[GROUP], largest[GROUP];
+    bool last;
+};
+
+// Whether this block is the last of its lane's `blocks` to come here. What they wrote before is seen after, by this one.
+__device__ __forceinline__ bool comes_last(u32* arrivals, u32 blocks, MergeRoom& room) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        u32 before;
+        asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(arrivals), "r"(blocks - 1) : "memory");
+        room.last = before == blocks - 1;
+    }
+    __syncthreads();
+    return room.last;
 }
 
-// A block joins the partials of one query head: each warp every so many blocks' ones, then the warps in their order.
-extern "C" __global__ void __launch_bounds__(MERGE_THREADS) merge(const StepJob job) {
-    constexpr u32 TEAMS = MERGE_THREADS / 32, OWN = HEAD_DIM / 32, AT_ONCE = 4;
-    __shared__ float team_values[TEAMS][HEAD_DIM], team_largest[TEAMS], team_sum[TEAMS];
-    enter_stream();
-    const u32 head = blockIdx.x, lane = blockIdx.y, slot = blockIdx.z;
-    const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
-    if (sequence.length == 0) return;
-    const u32 entries = sequence.count + sequence.length - sequence.chunks * CHUNK_TOKENS;
-    const u32 blocks = (entries + sequence.block_rows - 1) / sequence.block_rows;
-    const float* partials = reinterpret_cast<const float*>(job.partials) + (u64)(slot * job.lanes + lane) * job.max_blocks * PARTIAL;
-    const u32 team = threadIdx.x / 32, thread = threadIdx.x % 32;
-    float values[OWN] = {}, sum = 0.0f, largest = LOWEST;
-    for (u32 first = team; first < blocks; first += TEAMS * AT_ONCE) {
-        // All loads of a round are under way before the first is used.
-        float next_largest[AT_ONCE], next_sum[AT_ONCE], next[AT_ONCE][OWN];
+__device__ __forceinline__ float load_float_shared(const float* from) { return __uint_as_float(load_shared(reinterpret_cast<const u32*>(from))); }
+
+// The shares of up to TOGETHER blocks' partials in the sum of all so far, a warp a head.
+__device__ __forceinline__ void set_shares(const float* partials, u32 blocks, MergeRoom& room) {
+    const u32 thread = threadIdx.x % 32;
+    for (u32 head = threadIdx.x / 32; head < GROUP; head += WARPS) {
+        float of_block[TOGETHER / 32], sums[TOGETHER / 32], largest = room.largest[head];
+        const float before = largest;
 #pragma unroll
-        for (u32 i = 0; i < AT_ONCE; i++) {
-            const u32 block = first + i * TEAMS;
-            const float* partial = partials + (u64)min(block, blocks - 1) * PARTIAL;
-            next_largest[i] = block < blocks ? partial[head] : LOWEST;
-            next_sum[i] = partial[GROUP + head];
-#pragma unroll
-            for (u32 j = 0; j < OWN; j++) next[i][j] = partial[2 * GROUP + head * HEAD_DIM + j * 32 + thread];
+        for (u32 i = 0; i < TOGETHER / 32; i++) {
+            const u32 block = thread + 32 * i;
+            of_block[i] = block < blocks ? load_float_shared(partials + (u64)block * PARTIAL + head) : LOWEST;
+            sums[i] = block < blocks ? load_float_shared(partials + (u64)block * PARTIAL + GROUP + head) : 0.0f;
         }
 #pragma unroll
-        for (u32 i = 0; i < AT_ONCE; i++) {
-            const float now = fmaxf(largest, next_largest[i]);
-            const float keep = exp2_fast(largest - now), share = first + i * TEAMS < blocks ? exp2_fast(next_largest[i] - now) : 0.0f;
-            largest = now;
-            sum = sum * keep + next_sum[i] * share;
+        for (u32 i = 0; i < TOGETHER / 32; i++) largest = fmaxf(largest, of_block[i]);
 #pragma unroll
-            for (u32 j = 0; j < OWN; j++) values[j] = values[j] * keep + next[i][j] * share;
+        for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, step));
+        float sum = 0.0f;
+#pragma unroll
+        for (u32 i = 0; i < TOGETHER / 32; i++) {
+            const float share = thread + 32 * i < blocks ? exp2_fast(of_block[i] - largest) : 0.0f;
+            room.share[thread + 32 * i][head] = share;
+            sum += sums[i] * share;
+        }
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+        if (thread == 0) {
+            const float keep = exp2_fast(before - largest);
+            room.keep[head] = keep, room.largest[head] = largest, room.sum[head] = room.sum[head] * keep + sum;
         }
     }
-    if (thread == 0) team_largest[team] = largest, team_sum[team] = sum;
-#pragma unroll
-    for (u32 j = 0; j < OWN; j++) team_values[team][j * 32 + thread] = values[j];
+}
+
+// Joins the partials of a lane in block order, and writes its heads' output. All threads of a block.
+__device__ __forceinline__ void merge(const StepJob& job, u32 slot, u32 lane, const float* partials, u32 blocks, MergeRoom& room) {
+    constexpr u32 PAIRS = GROUP * HEAD_DIM / 2, OWN = (PAIRS + THREADS - 1) / THREADS, AT_ONCE = OWN == 1 ? 16 : OWN == 2 ? 8 : 4;
+    if (threadIdx.x < GROUP) room.largest[threadIdx.x] = LOWEST, room.sum[threadIdx.x] = 0.0f;
     __syncthreads();
-    if (threadIdx.x >= HEAD_DIM) return;
-    largest = team_largest[0];
+    float2 values[OWN] = {};
+    for (u32 first = 0; first < blocks; first += TOGETHER) {
+        const u32 count = min(TOGETHER, blocks - first);
+        const float* from = partials + (u64)first * PARTIAL;
+        set_shares(from, count, room);
+        __syncthreads();
 #pragma unroll
-    for (u32 other = 1; other < TEAMS; other++) largest = fmaxf(largest, team_largest[other]);
-    float value = 0.0f;
-    sum = 0.0f;
+        for (u32 own = 0; own < OWN; own++) {
+            const float keep = room.keep[min(threadIdx.x + own * THREADS, PAIRS - 1) * 2 / HEAD_DIM];
+            values[own].x *= keep, values[own].y *= keep;
+        }
+        for (u32 block = 0; block < count; block += AT_ONCE) {
+            // All loads of a round are under way before the first is used.
+            float2 next[AT_ONCE][OWN];
 #pragma unroll
-    for (u32 other = 0; other < TEAMS; other++) {
-        const float share = exp2_fast(team_largest[other] - largest);
-        sum += team_sum[other] * share;
-        value += team_values[other][threadIdx.x] * share;
+            for (u32 i = 0; i < AT_ONCE; i++)
+#pragma unroll
+                for (u32 own = 0; own < OWN; own++)
+                    next[i][own] = load_2_shared(from + (u64)min(block + i, count - 1) * PARTIAL + 2 * GROUP + 2 * min(threadIdx.x + own * THREADS, PAIRS - 1));
+#pragma unroll
+            for (u32 i = 0; i < AT_ONCE; i++) {
+#pragma unroll
+                for (u32 own = 0; own < OWN; own++) {
+                    const u32 head = min(threadIdx.x + own * THREADS, PAIRS - 1) * 2 / HEAD_DIM;
+                    // Of a block after the last the share is zero.
+                    const float share = block + i < count ? room.share[block + i][head] : 0.0f;
+                    values[own].x += next[i][own].x * share, values[own].y += next[i][own].y * share;
+                }
+            }
+        }
+        __syncthreads();
     }
-    const u64 query_head = (u64)(slot * job.lanes + lane) * GROUP + head;
-    reinterpret_cast<float*>(job.output)[query_head * HEAD_DIM + threadIdx.x] = blocks ? value / sum * value_factor(job.scales, lane) : 0.0f;
-    if (threadIdx.x == 0) reinterpret_cast<float*>(job.lse)[query_head] = blocks ? (largest + log2f(sum)) * 0.6931471805599453f : minus_infinity();
+    const u64 first_head = (u64)(slot * job.lanes + lane) * GROUP;
+    const float factor = value_factor(job.scales, lane);
+    float2* output = reinterpret_cast<float2*>(reinterpret_cast<float*>(job.output) + first_head * HEAD_DIM);
+#pragma unroll
+    for (u32 own = 0; own < OWN; own++) {
+        const u32 pair = threadIdx.x + own * THREADS;
+        const float sum = room.sum[min(pair, PAIRS - 1) * 2 / HEAD_DIM];
+        if (pair < PAIRS) output[pair] = blocks ? float2{values[own].x / sum * factor, values[own].y / sum * factor} : float2{0.0f, 0.0f};
+    }
+    if (threadIdx.x < GROUP)
+        reinterpret_cast<float*>(job.lse)[first_head + threadIdx.x] = blocks ? (room.largest[threadIdx.x] + log2f(room.sum[threadIdx.x])) * 0.6931471805599453f : minus_infinity();
+}
+
+// Sixteen warps fit a processor where rows are short enough.
+constexpr u32 AT_LEAST = HEAD_DIM <= 128 && GROUP <= 8 ? 16 / WARPS : 1;
+
+extern "C" __global__ void __launch_bounds__(THREADS, AT_LEAST) attend(const StepJob job) {
+    __shared__ MergeRoom room;
+    const u32 lane = blockIdx.y, slot = blockIdx.z;
+    const u64 own_lane = slot * job.lanes + lane;
+    const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
+    const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
+    const List list = list_of(job, sequence, place, slot, lane);
+    const u32 begin = blockIdx.x * sequence.block_rows, end = min(list.entries, begin + sequence.block_rows);
+    const u32 blocks = (list.entries + sequence.block_rows - 1) / sequence.block_rows;
+    float* partials = reinterpret_cast<float*>(job.partials) + own_lane * job.max_blocks * PARTIAL;
+    attend_entries(job, list, slot, lane, begin, end, partials + (u64)blockIdx.x * PARTIAL);
+    if (sequence.length == 0 || (begin >= end && blockIdx.x > 0)) return;
+    if (job.appends && blockIdx.x == 0) append_row(job, sequence, place, slot, lane);
+    if (blocks <= 1 || comes_last(&reinterpret_cast<Arrivals*>(job.arrivals)[own_lane].attend, blocks, room)) {
+        __syncthreads();
+        merge(job, slot, lane, partials, blocks, room);
+    }
 }

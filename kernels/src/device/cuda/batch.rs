@@ -12,7 +12,9 @@ use super::buffer::{DeviceBuffer, PinnedBuffer};
 use super::compile::Compiler;
 use super::error::{CudaError, Doing};
 use super::host::{HostPage, HostPart, HostRows, HostSegment};
-use super::jobs::{BINS, LayerPlace, NOBODY, PARTS, PartCounts, REFINED, SAMPLE_PARTS, SequenceState, StepJob, VictimCounts};
+use super::jobs::{
+    Arrivals, BINS, LayerPlace, Miss, NOBODY, PARTS, PartCounts, REFINED, SAMPLE_SUMS, SequenceState, StepJob, Victim, VictimCounts,
+};
 use super::label::Labeller;
 use super::module::Specialisation;
 use super::open::Gpu;
@@ -28,10 +30,10 @@ use crate::slot::CHUNK_TOKENS;
 pub const MAX_SEGMENTS: usize = 4096;
 
 /// Blocks of the gather where nothing else was measured (docs/decisions/0004-the-gpu-step.md).
-pub const GATHER_BLOCKS: usize = 64;
+pub const GATHER_BLOCKS: usize = 128;
 
-/// Attention blocks that make one wave on an H100: 132 processors, four blocks each. A constant, so that devices agree to the bit.
-const WAVE_BLOCKS: usize = 4 * 132;
+/// Attention blocks that make one wave on an H100: 132 processors, two blocks each. A constant, so that devices agree to the bit.
+const WAVE_BLOCKS: usize = 2 * 132;
 
 /// What a batch has room for.
 #[derive(Clone, Debug, PartialEq)]
@@ -77,19 +79,19 @@ struct Layer {
 
 /// Working room that layers share, `[slot]` first.
 struct Workspace {
-    weights: DeviceBuffer<u32>,
     label_lse: DeviceBuffer<f32>,
     keys: DeviceBuffer<u16>,
     histogram: DeviceBuffer<u32>,
     above: DeviceBuffer<u32>,
     positions: DeviceBuffer<u32>,
     hot_places: DeviceBuffer<u32>,
-    misses: DeviceBuffer<u32>,
+    misses: DeviceBuffer<Miss>,
     part_counts: DeviceBuffer<PartCounts>,
     victim_bins: DeviceBuffer<u32>,
-    victims: DeviceBuffer<u32>,
+    victims: DeviceBuffer<Victim>,
     victim_counts: DeviceBuffer<VictimCounts>,
     partials: DeviceBuffer<f32>,
+    arrivals: DeviceBuffer<Arrivals>,
 }
 
 /// Seats and the step over them.
@@ -208,7 +210,6 @@ impl Batch {
             query: self.queries.address_of(heads * shape.geometry.head_dim),
             output: self.outputs.address_of(heads * shape.geometry.head_dim),
             lse: self.lse.address_of(heads),
-            weights: room.weights.address(),
             label_lse: room.label_lse.address(),
             keys: room.keys.address(),
             histogram: room.histogram.address(),
@@ -221,6 +222,7 @@ impl Batch {
             victims: room.victims.address(),
             victim_counts: room.victim_counts.address(),
             partials: room.partials.address(),
+            arrivals: room.arrivals.address(),
             counters: self.counters.address_of(lanes),
             trace: if trace_rows > 0 { self.trace.address_of(lanes * trace_rows) } else { 0 },
             lanes: shape.lanes() as u32,
@@ -230,7 +232,7 @@ impl Batch {
             trace_rows: trace_rows as u32,
             score_scale: shape.geometry.softmax_scale * std::f32::consts::LOG2_E,
             slots: shape.slots as u32,
-            unused: 0,
+            appends: 0,
         }
     }
 
@@ -499,15 +501,12 @@ impl Batch {
     /// # Errors
     /// A failed launch.
     pub fn enqueue_dense_layer(&self, layer: usize) -> Result<(), CudaError> {
+        let job = StepJob { appends: 1, ..self.jobs[layer] };
         // SAFETY: as above.
-        unsafe {
-            self.kernels.append(&self.stream, &self.grid, &self.jobs[layer])?;
-            self.kernels.attend(&self.stream, &self.grid, &self.jobs[layer])
-        }
+        unsafe { self.kernels.attend(&self.stream, &self.grid, &job) }
     }
 
-    /// Enqueues one part of one layer of a sparse step: 0 score, 1 select, 2 victims, 3 gather, 4 attend. For benches that time
-    /// them one by one.
+    /// Enqueues one part of one layer of a sparse step: 0 score, 1 select, 2 gather, 3 attend. For benches that time them one by one.
     ///
     /// # Errors
     /// A failed launch.
@@ -518,8 +517,7 @@ impl Batch {
             match part {
                 0 => self.kernels.score(stream, grid, job),
                 1 => self.kernels.select(stream, grid, job),
-                2 => self.kernels.pick_victims(stream, grid, job),
-                3 => self.kernels.gather(stream, grid, job),
+                2 => self.kernels.gather(stream, grid, job),
                 _ => self.kernels.attend(stream, grid, job),
             }
         }
@@ -603,11 +601,10 @@ impl Workspace {
         let (lanes, group) = (shape.slots * shape.lanes(), shape.geometry.heads.group());
         let listed = lanes * shape.max_count;
         Ok(Self {
-            weights: DeviceBuffer::zeroed(context, lanes * group * (shape.plan.channels() / 4 + shape.plan.groups().len()))?,
-            label_lse: DeviceBuffer::zeroed(context, lanes * group * SAMPLE_PARTS * 2)?,
+            label_lse: DeviceBuffer::zeroed(context, lanes * group * SAMPLE_SUMS * 2)?,
             keys: DeviceBuffer::zeroed(context, lanes * shape.max_tokens)?,
             histogram: DeviceBuffer::zeroed(context, lanes * BINS)?,
-            above: DeviceBuffer::zeroed(context, lanes * PARTS * (2 + REFINED))?,
+            above: DeviceBuffer::zeroed(context, lanes * PARTS * (1 + REFINED))?,
             positions: DeviceBuffer::zeroed(context, listed)?,
             hot_places: DeviceBuffer::zeroed(context, listed)?,
             misses: DeviceBuffer::zeroed(context, listed)?,
@@ -616,6 +613,7 @@ impl Workspace {
             victims: DeviceBuffer::zeroed(context, listed)?,
             victim_counts: DeviceBuffer::zeroed(context, lanes)?,
             partials: DeviceBuffer::zeroed(context, lanes * shape.attend_blocks() * group * (shape.geometry.head_dim + 2))?,
+            arrivals: DeviceBuffer::zeroed(context, lanes)?,
         })
     }
 
@@ -624,11 +622,11 @@ impl Workspace {
         let bins = self.histogram.bytes() + self.above.bytes() + self.victim_bins.bytes() + self.victim_counts.bytes();
         (words
             + bins
-            + self.weights.bytes()
             + self.label_lse.bytes()
             + self.keys.bytes()
             + self.part_counts.bytes()
-            + self.partials.bytes()) as u64
+            + self.partials.bytes()
+            + self.arrivals.bytes()) as u64
     }
 }
 

@@ -153,11 +153,11 @@ __device__ __forceinline__ void wait_copy_groups() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Lets the next kernel of the stream take its place while this one runs, and waits for the kernels before this one. Nothing that they wrote
-// may be read earlier. Launches that do not overlap pass here without a pause.
+// Waits for the kernels before this one, then lets the next kernel of the stream take its place while this one runs. Every thread passes here
+// once. Nothing that a kernel of the same step writes may be read earlier. Launches that do not overlap pass without a pause.
 __device__ __forceinline__ void enter_stream() {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }

@@ -12,8 +12,8 @@ pub const BINS: usize = 2048;
 pub const REFINED: usize = 32;
 /// Blocks that share a lane while rows are selected.
 pub const PARTS: usize = 32;
-/// Blocks that share a lane while the sample is scored.
-pub const SAMPLE_PARTS: usize = 16;
+/// Sums of sampled scores that a head has at most.
+pub const SAMPLE_SUMS: usize = 1024;
 
 /// What a step needs to know of the sequence in a batch slot.
 #[repr(C)]
@@ -69,10 +69,28 @@ pub struct PartCounts {
     pub first: u32,
     /// Rows that are not hot.
     pub missed: u32,
-    /// The lane's threshold key.
-    pub threshold: u32,
-    /// Last selected row of exactly the threshold in this part, plus 1; 0 without one.
-    pub last_tie: u32,
+}
+
+/// A selected row that is not hot.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct Miss {
+    /// Device address of its bytes in host memory.
+    pub from: u64,
+    /// Position.
+    pub row: u32,
+    /// Index in the lane's list.
+    pub index: u32,
+}
+
+/// A hot place to be taken.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct Victim {
+    /// Place.
+    pub place: u32,
+    /// The row that it holds, or [`NOBODY`].
+    pub row: u32,
 }
 
 /// What a lane's victims are counted with.
@@ -85,6 +103,24 @@ pub struct VictimCounts {
     pub last: u32,
     /// Selected rows that are not hot.
     pub missed: u32,
+    /// Places whose row is nobody's or after the horizon.
+    pub free: u32,
+    /// Of them, those taken.
+    pub taken: u32,
+    /// Zero.
+    pub unused: [u32; 3],
+}
+
+/// Blocks of a lane that came somewhere; begins with zeros and is the kernels' own from then on.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct Arrivals {
+    /// To the barrier of the scores.
+    pub score: u32,
+    /// To a barrier of the selection.
+    pub select: u32,
+    /// To the end of attention.
+    pub attend: u32,
     /// Zero.
     pub unused: u32,
 }
@@ -117,32 +153,32 @@ pub struct StepJob {
     pub output: u64,
     /// f32 `[slot][query head]`.
     pub lse: u64,
-    /// `[slot][lane]` weights of heads: tile.cuh, `LaneWeights`.
-    pub weights: u64,
-    /// f32 `[slot][query head][SAMPLE_PARTS][2]`.
+    /// f32 `[slot][query head][SAMPLE_SUMS][2]`.
     pub label_lse: u64,
     /// u16 `[slot][lane][max_rows]`.
     pub keys: u64,
     /// u32 `[slot][lane][BINS]`.
     pub histogram: u64,
-    /// u32 `[slot][lane][PARTS][2 + REFINED]`.
+    /// u32 `[slot][lane][PARTS][1 + REFINED]`.
     pub above: u64,
     /// u32 `[slot][lane][max_count]`.
     pub positions: u64,
     /// u32 `[slot][lane][max_count]`.
     pub hot_places: u64,
-    /// u32 `[slot][lane][max_count]`.
+    /// [`Miss`] `[slot][lane][max_count]`.
     pub misses: u64,
     /// [`PartCounts`] `[slot][lane][PARTS]`.
     pub part_counts: u64,
     /// u32 `[slot][lane][BINS]`.
     pub victim_bins: u64,
-    /// u32 `[slot][lane][max_count]`.
+    /// [`Victim`] `[slot][lane][max_count]`.
     pub victims: u64,
     /// [`VictimCounts`] `[slot][lane]`.
     pub victim_counts: u64,
     /// f32 `[slot][lane][max_blocks][group x (head_dim + 2)]`.
     pub partials: u64,
+    /// [`Arrivals`] `[slot][lane]`.
+    pub arrivals: u64,
     /// u64 `[slot][lane][2]`: hits and misses.
     pub counters: u64,
     /// u16 `[slot][lane][trace_rows]`, or zero.
@@ -161,6 +197,6 @@ pub struct StepJob {
     pub score_scale: f32,
     /// Batch slots.
     pub slots: u32,
-    /// Zero.
-    pub unused: u32,
+    /// 1: attention takes the newest rows from `new_rows` and appends them; 0: they are appended before.
+    pub appends: u32,
 }

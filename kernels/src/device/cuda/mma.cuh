@@ -10,6 +10,13 @@ __device__ __forceinline__ void mma_bytes(int (&c)[4], const u32 (&a)[4], u32 b0
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// a 16 x 16 by b 16 x 8, likewise.
+__device__ __forceinline__ void mma_bytes(int (&c)[4], const u32 (&a)[2], u32 b) {
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(b));
+}
+
 #if ROW_TYPE != ROW_F32
 // a 16 x 16 by b 16 x 8 of row elements, added to c.
 __device__ __forceinline__ void mma_rows(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {

@@ -15,6 +15,7 @@ pub mod many;
 pub mod module;
 pub mod open;
 pub mod probe;
+mod ring;
 pub mod seat;
 pub mod staged;
 mod staged_step;

@@ -11,10 +11,15 @@ use cudarc::nvrtc::Ptx;
 use super::compile::{CompileError, Compiler, Program, Target};
 use super::error::{CudaError, Doing};
 use super::open::Gpu;
+use super::ring::Rings;
 use super::{jobs, label, many, probe};
 use crate::device::LayerGeometry;
 use crate::label::LabelPlan;
 use crate::shape::RowType;
+
+/// How much of a processor's first-level memory is shared memory while kernels that overlap run. The same for all of them: a processor has
+/// to be empty before it changes the division.
+const SHARED_PERCENT: i32 = 75;
 
 /// What is fixed when kernels are compiled.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -42,6 +47,11 @@ impl Specialisation {
     #[must_use]
     pub fn labels(geometry: &LayerGeometry, plan: &LabelPlan) -> Self {
         Self { plan: Some(plan.clone()), ..Self::rows(geometry) }
+    }
+
+    /// Warps of an attention block: their results are joined in 48 KiB of shared memory.
+    pub(super) fn attend_warps(&self) -> usize {
+        if self.head_dim * self.group.min(8) <= 1024 { 8 } else { 4 }
     }
 
     /// `-D` options: `HEAD_DIM`, `ROW_TYPE` (0 f32, 1 f16, 2 bf16, 3 e4m3), `GROUP`, and with a plan `PLAN_GROUPS` ({channels, bits}, ...),
@@ -74,13 +84,11 @@ impl Specialisation {
 pub enum Source {
     /// Keys to label pages.
     Label,
-    /// Newest rows to their places.
-    Append,
     /// Labels to importance keys.
     Score,
     /// Keys to selected positions.
     Select,
-    /// Victims, and the gather of missing rows.
+    /// The gather of missing rows.
     Hot,
     /// Attention over listed rows.
     Attend,
@@ -91,9 +99,10 @@ pub enum Source {
 }
 
 /// What the sources include.
-const HEADERS: [(&str, &str); 5] = [
+const HEADERS: [(&str, &str); 6] = [
     ("common.cuh", include_str!("common.cuh")),
     ("append.cuh", include_str!("append.cuh")),
+    ("meet.cuh", include_str!("meet.cuh")),
     ("mma.cuh", include_str!("mma.cuh")),
     ("types.cuh", include_str!("types.cuh")),
     ("tile.cuh", include_str!("tile.cuh")),
@@ -101,14 +110,13 @@ const HEADERS: [(&str, &str); 5] = [
 
 impl Source {
     /// Every source.
-    pub const ALL: [Self; 8] = [Self::Label, Self::Append, Self::Score, Self::Select, Self::Hot, Self::Attend, Self::Many, Self::Probe];
+    pub const ALL: [Self; 7] = [Self::Label, Self::Score, Self::Select, Self::Hot, Self::Attend, Self::Many, Self::Probe];
 
     /// File name.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Label => "label.cu",
-            Self::Append => "append.cu",
             Self::Score => "score.cu",
             Self::Select => "select.cu",
             Self::Hot => "hot.cu",
@@ -121,7 +129,6 @@ impl Source {
     fn text(self) -> &'static str {
         match self {
             Self::Label => include_str!("label.cu"),
-            Self::Append => include_str!("append.cu"),
             Self::Score => include_str!("score.cu"),
             Self::Select => include_str!("select.cu"),
             Self::Hot => include_str!("hot.cu"),
@@ -136,7 +143,7 @@ impl Source {
     pub fn needs_plan(self) -> bool {
         match self {
             Self::Label | Self::Score => true,
-            Self::Append | Self::Select | Self::Hot | Self::Attend | Self::Many | Self::Probe => false,
+            Self::Select | Self::Hot | Self::Attend | Self::Many | Self::Probe => false,
         }
     }
 
@@ -145,11 +152,14 @@ impl Source {
         match self {
             Self::Label => vec![("LABEL_JOB_BYTES", size_of::<label::LabelLaunch>())],
             Self::Probe => vec![("READ_JOB_BYTES", size_of::<probe::ReadJob>())],
-            Self::Append | Self::Score | Self::Select | Self::Hot | Self::Attend => vec![
+            Self::Score | Self::Select | Self::Hot | Self::Attend => vec![
                 ("SEQUENCE_STATE_BYTES", size_of::<jobs::SequenceState>()),
                 ("LAYER_PLACE_BYTES", size_of::<jobs::LayerPlace>()),
                 ("PART_COUNTS_BYTES", size_of::<jobs::PartCounts>()),
                 ("VICTIM_COUNTS_BYTES", size_of::<jobs::VictimCounts>()),
+                ("MISS_BYTES", size_of::<jobs::Miss>()),
+                ("VICTIM_BYTES", size_of::<jobs::Victim>()),
+                ("ARRIVALS_BYTES", size_of::<jobs::Arrivals>()),
                 ("STEP_JOB_BYTES", size_of::<jobs::StepJob>()),
             ],
             Self::Many => vec![("MANY_JOB_BYTES", size_of::<many::ManyLaunch>()), ("MERGE_JOB_BYTES", size_of::<many::MergeLaunch>())],
@@ -165,6 +175,12 @@ impl Source {
         options.extend(self.job_bytes().into_iter().map(|(name, bytes)| format!("-D{name}={bytes}")));
         if self == Self::Many {
             options.extend(many::Tiles::new(specialisation.head_dim, specialisation.row_type, target).options());
+        }
+        if self == Self::Score {
+            options.extend(Rings::new(specialisation, target).options());
+        }
+        if self == Self::Attend {
+            options.push(format!("-DATTEND_WARPS={}", specialisation.attend_warps()));
         }
         options.extend(["--std=c++17", "-lineinfo"].map(str::to_owned));
         compiler.compile(&Program { name: self.name(), source: self.text(), headers: &HEADERS, options }, target)
@@ -201,12 +217,21 @@ impl Module {
         Ok(Kernel { name, function, context: Arc::clone(&self.context), shared_bytes, overlaps: false })
     }
 
-    /// A kernel that begins with `enter_stream` (common.cuh): its launch may overlap the end of the kernel before it, where the device can.
+    /// A kernel that passes `enter_stream` (common.cuh): its launch may overlap the end of the kernel before it, where the device can.
     ///
     /// # Errors
     /// As [`Module::kernel`].
-    pub fn overlapping_kernel(&self, name: &'static str) -> Result<Kernel, CudaError> {
-        Ok(Kernel { overlaps: self.capability >= (9, 0), ..self.kernel(name, 0)? })
+    pub fn overlapping_kernel(&self, name: &'static str, shared_bytes: usize) -> Result<Kernel, CudaError> {
+        let kernel = self.kernel(name, shared_bytes)?;
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+        kernel.function.set_attribute(attribute, SHARED_PERCENT).doing(name)?;
+        Ok(Kernel { overlaps: self.capability >= (9, 0), ..kernel })
+    }
+
+    /// Dynamic shared memory that the score kernel wants, for this module's device.
+    #[must_use]
+    pub fn score_bytes(&self, specialisation: &Specialisation) -> usize {
+        Rings::new(specialisation, Target { capability: self.capability }).shared_bytes()
     }
 }
 
@@ -276,6 +301,15 @@ impl Kernel {
     #[must_use]
     pub fn function(&self) -> &CudaFunction {
         &self.function
+    }
+
+    /// Blocks of `threads` threads that run at once on one processor.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn resident_blocks(&self, threads: usize) -> Result<usize, CudaError> {
+        let blocks = self.function.occupancy_max_active_blocks_per_multiprocessor(threads as u32, self.shared_bytes, None);
+        Ok(blocks.doing(self.name)? as usize)
     }
 
     /// Enqueues the kernel with all the shared memory it was allowed. A grid without blocks is no launch.

@@ -1,17 +1,23 @@
-// Top-k of 16-bit importance keys in token order, and which of the selected rows are hot.
+// Top-k of 16-bit importance keys in token order, which of the selected rows are hot, and which hot rows give way to those that are not.
 //
-// The score kernel has counted the upper 11 bits of every lane's keys. `count_part` finds the bin of the threshold and counts, part by
-// part, the rows above that bin and the lower 5 bits of those in it. `compact` knows from these counts the threshold, how many rows of
-// exactly that key are taken (the lowest positions), and where each part's rows go; it looks each up in the hot map, and counts how
-// important the hot rows are that were not selected, for `hot.cu` to choose victims.
+// The score kernel has counted the upper 11 bits of every lane's keys. PARTS blocks share a lane; each finds the bin of the threshold and
+// counts, in its part, the rows above that bin and the lower 5 bits of those in it. Then they wait for each other: from all parts' counts
+// each knows the threshold, how many rows of exactly that key are taken (the lowest positions), and where its rows go. It lists them, and
+// counts how important its hot rows are that were not selected. Where the lane misses rows the blocks meet a second time, and list the
+// least important of those as victims (DESIGN.md, section 6), by the upper bits of their keys. Which rows are hot decides where a row is read
+// from, never the result. A lane has at least as many hot places as it selects rows, so there is always room.
+#include "meet.cuh"
 #include "types.cuh"
 
 constexpr u32 THREADS = 512;
 constexpr u32 WARPS = THREADS / 32;
-// What a part counts: rows above the bin, rows of each key in it, and the bin.
-constexpr u32 ABOVE_WORDS = 2 + REFINED;
-// Keys that a thread holds at once: consecutive ones, of two loads of 16 bytes.
-constexpr u32 AT_ONCE = 16;
+// What a part counts: rows above the bin, and rows of each key in it.
+constexpr u32 ABOVE_WORDS = 1 + REFINED;
+// Consecutive rows that a thread holds at once, and those of a block. Parts of up to 2^18 rows a lane are one tile.
+constexpr u32 OWN_ROWS = 16;
+constexpr u32 TILE_ROWS = THREADS * OWN_ROWS;
+// Hot places of a lane that a thread looks at.
+constexpr u32 OWN_PLACES = (COLD + PARTS * THREADS - 1) / (PARTS * THREADS);
 
 struct Part {
     u32 first, end;  // rows
@@ -39,39 +45,56 @@ __device__ __forceinline__ u32 warp_prefix(u32 x) {
     return x;
 }
 
-// Inclusive sums over the threads of a block, in thread order; `room` has one word a warp. All threads take part.
-__device__ __forceinline__ u32 block_prefix(u32 x, u32* room) {
-    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const u32 inclusive = warp_prefix(x);
-    __syncthreads();
-    if (lane == 31) room[warp] = inclusive;
-    __syncthreads();
-    u32 before = 0;
-#pragma unroll
-    for (u32 other = 0; other < WARPS; other++) before += other < warp ? room[other] : 0;
-    return before + inclusive;
-}
-
-struct Threshold {
-    u32 bin;    // rows of higher bins are selected
-    u32 above;  // how many they are
+struct Sum {
+    u32 before, all;  // of the threads before this one, and of all
 };
 
-// The bin that holds the `wanted`-th largest key. `room`: one word a warp; `found`: where the result is shared.
-__device__ __forceinline__ Threshold find_bin(const u32* histogram, u32 wanted, u32* room, Threshold* found) {
-    constexpr u32 own = BINS / THREADS;
-    u32 counts[own], sum = 0;
+// Sums over the threads of a block; `room` has a word a warp, and is free again after the next barrier. All threads take part.
+__device__ __forceinline__ Sum block_sum(u32 x, u32* room) {
+    const u32 warp = threadIdx.x / 32;
+    const u32 inclusive = warp_prefix(x);
+    if (threadIdx.x % 32 == 31) room[warp] = inclusive;
+    __syncthreads();
+    Sum sum = {inclusive - x, 0};
 #pragma unroll
-    for (u32 i = 0; i < own; i++) {
-        // Thread 0 has the highest bins.
-        counts[i] = histogram[BINS - 1 - (threadIdx.x * own + i)];
-        sum += counts[i];
+    for (u32 other = 0; other < WARPS; other++) {
+        const u32 of_other = room[other];
+        sum.before += other < warp ? of_other : 0;
+        sum.all += of_other;
     }
-    u32 above = block_prefix(sum, room) - sum;
+    return sum;
+}
+
+// The bin that holds the `wanted`-th largest key. `room`: one word a warp; `found`: where the result is shared.
+__device__ __forceinline__ u32 find_bin(const u32* histogram, u32 wanted, u32* room, u32* found) {
+    static_assert(BINS == 4 * THREADS, "four bins a thread");
+    // Thread 0 has the highest bins.
+    const uint4 words = reinterpret_cast<const uint4*>(histogram)[THREADS - 1 - threadIdx.x];
+    const u32 counts[4] = {words.w, words.z, words.y, words.x};
+    u32 above = block_sum(counts[0] + counts[1] + counts[2] + counts[3], room).before;
 #pragma unroll
-    for (u32 i = 0; i < own; i++) {
-        if (above < wanted && above + counts[i] >= wanted) *found = {BINS - 1 - (threadIdx.x * own + i), above};
+    for (u32 i = 0; i < 4; i++) {
+        if (above < wanted && above + counts[i] >= wanted) *found = BINS - 1 - (threadIdx.x * 4 + i);
         above += counts[i];
+    }
+    __syncthreads();
+    return *found;
+}
+
+struct Cut {
+    u32 bin;      // every candidate of a lower bin is taken
+    u32 of_last;  // and so many of this one
+};
+
+// The bin up to which `wanted` candidates reach.
+__device__ __forceinline__ Cut find_cut(const u32* bins, u32 wanted, u32* room, Cut* found) {
+    const uint4 words = load_4_shared(bins + 4 * threadIdx.x);
+    const u32 counts[4] = {words.x, words.y, words.z, words.w};
+    u32 below = block_sum(counts[0] + counts[1] + counts[2] + counts[3], room).before;
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+        if (below < wanted && below + counts[i] >= wanted) *found = {threadIdx.x * 4 + i, wanted - below};
+        below += counts[i];
     }
     __syncthreads();
     return *found;
@@ -99,56 +122,36 @@ extern "C" __global__ void __launch_bounds__(THREADS) count_keys(const StepJob j
         if (bins[bin]) atomicAdd(&histogram[bin], bins[bin]);
 }
 
-// A thread's consecutive keys.
-struct Keys {
-    u32 pairs[AT_ONCE / 2];
+// Sixteen-bit values of a thread's rows, in shared memory: only that thread reads and writes them.
+struct OwnValues {
+    uint4 words[2];
 };
 
-__device__ __forceinline__ Keys load_keys(const u16* keys, u32 row, u32 end) {
-    Keys loaded = {};
-    if (row < end) {
-#pragma unroll
-        for (u32 i = 0; i < AT_ONCE / 8; i++) {
-            const uint4 words = reinterpret_cast<const uint4*>(keys + row)[i];
-            loaded.pairs[4 * i] = words.x, loaded.pairs[4 * i + 1] = words.y, loaded.pairs[4 * i + 2] = words.z, loaded.pairs[4 * i + 3] = words.w;
-        }
-    }
-    return loaded;
+__device__ __forceinline__ u32 value_at(const OwnValues& values, u32 i) { return reinterpret_cast<const u16*>(values.words)[i]; }
+
+// Twice a mask, and 1 where a sum carries.
+__device__ __forceinline__ u32 with_carry(u32 mask, u32 first, u32 second) {
+    u32 result;
+    asm("{\n\t.reg .u32 sum;\n\tadd.cc.u32 sum, %1, %2;\n\taddc.u32 %0, %3, %3;\n\t}" : "=r"(result) : "r"(first), "r"(second), "r"(mask));
+    return result;
 }
 
-__device__ __forceinline__ u32 key_at(const Keys& keys, u32 i) { return i % 2 ? keys.pairs[i / 2] >> 16 : keys.pairs[i / 2] & 0xFFFFu; }
-
-extern "C" __global__ void __launch_bounds__(THREADS) count_part(const StepJob job) {
-    __shared__ u32 room[WARPS];
-    __shared__ Threshold found;
-    __shared__ u32 counts[1 + REFINED];
-    enter_stream();
-    const u32 lane = blockIdx.y, slot = blockIdx.z, part = blockIdx.x;
-    const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
-    if (sequence.length == 0 || sequence.count == 0) return;
-    const u64 own_lane = slot * job.lanes + lane;
-    if (threadIdx.x < 1 + REFINED) counts[threadIdx.x] = 0;
-    const Part rows = part_of(sequence.chunks * CHUNK_TOKENS, part);
-    const u16* keys = reinterpret_cast<const u16*>(job.keys) + own_lane * job.max_rows;
-    // On its way while the bin is searched.
-    Keys loaded = load_keys(keys, rows.first + threadIdx.x * AT_ONCE, rows.end);
-    const u32 bin = find_bin(reinterpret_cast<const u32*>(job.histogram) + own_lane * BINS, sequence.count, room, &found).bin;
-    u32 above = 0;
-    for (u32 row = rows.first + threadIdx.x * AT_ONCE; row < rows.end; row += THREADS * AT_ONCE) {
+// The rows whose value is at least `bound`: a bit each.
+__device__ __forceinline__ u32 at_least(const OwnValues& values, u32 bound) {
+    static_assert(OWN_ROWS == 16, "two words of eight");
+    if (bound == 0) return 0xFFFFu;
+    if (bound > 0xFFFFu) return 0;
+    // Adding this to a value in the upper half of a word carries where the value is large enough.
+    const u32 rest = 0u - (bound << 16);
+    u32 mask = 0;
 #pragma unroll
-        for (u32 i = 0; i < AT_ONCE; i++) {
-            const u32 key = key_at(loaded, i);
-            above += key / REFINED > bin;
-            if (key / REFINED == bin) atomicAdd(&counts[1 + key % REFINED], 1);
-        }
-        loaded = load_keys(keys, row + THREADS * AT_ONCE, rows.end);
+    for (u32 i = 8; i-- > 0;) {
+        const uint4 words = values.words[i / 4];
+        const u32 pair = i % 4 == 3 ? words.w : i % 4 == 2 ? words.z : i % 4 == 1 ? words.y : words.x;
+        mask = with_carry(mask, pair, rest);
+        mask = with_carry(mask, pair << 16, rest);
     }
-    above = warp_sum(above);
-    if (threadIdx.x % 32 == 0 && above) atomicAdd(&counts[0], above);
-    __syncthreads();
-    u32* out = reinterpret_cast<u32*>(job.above) + (own_lane * PARTS + part) * ABOVE_WORDS;
-    if (threadIdx.x < 1 + REFINED) out[threadIdx.x] = counts[threadIdx.x];
-    if (threadIdx.x == 1 + REFINED) out[threadIdx.x] = bin;
+    return mask;
 }
 
 // What a part selects: rows above `key`, and of the rows of exactly `key` the first `ties`; they begin at `first` in the lane's list.
@@ -157,19 +160,18 @@ struct Share {
 };
 
 struct ShareRoom {
-    u32 above[PARTS][ABOVE_WORDS];
-    u32 over[PARTS], equal[PARTS];
-    u32 threshold, ties;
+    // An odd number of words: parts lie in banks of their own.
+    __align__(16) u32 above[PARTS][ABOVE_WORDS];
     Share share;
 };
 
 // By all threads of the block, from the counts of all parts.
-__device__ __forceinline__ Share share_of(const u32* above, u32 wanted, u32 part, ShareRoom& room) {
-    static_assert(PARTS == 32 && REFINED == 32, "a warp has a thread for each");
-    for (u32 i = threadIdx.x; i < PARTS * ABOVE_WORDS; i += THREADS) (&room.above[0][0])[i] = above[i];
+__device__ __forceinline__ Share share_of(const u32* above, u32 bin, u32 wanted, u32 part, ShareRoom& room) {
+    static_assert(PARTS == 32 && REFINED == 32 && ABOVE_WORDS % 2 == 1 && PARTS * ABOVE_WORDS % 4 == 0, "a warp has a thread for each");
+    for (u32 i = 4 * threadIdx.x; i < PARTS * ABOVE_WORDS; i += 4 * THREADS) reinterpret_cast<uint4*>(&room.above[0][0])[i / 4] = load_4_shared(above + i);
     __syncthreads();
-    const u32 warp = threadIdx.x / 32, thread = threadIdx.x % 32;
-    if (warp == 0) {
+    if (threadIdx.x < 32) {
+        const u32 thread = threadIdx.x;
         // Thread i is lower key i. Rows of the bin with larger keys come after it.
         u32 here = 0;
 #pragma unroll
@@ -177,132 +179,254 @@ __device__ __forceinline__ Share share_of(const u32* above, u32 wanted, u32 part
         const u32 higher = warp_sum(room.above[thread][0]);
         const u32 to_here = warp_prefix(here), all = __shfl_sync(0xFFFFFFFFu, to_here, 31);
         const u32 larger = higher + all - to_here;
-        if (larger < wanted && larger + here >= wanted) room.threshold = thread, room.ties = wanted - larger;
-    }
-    __syncthreads();
-    const u32 threshold = room.threshold;
-    for (u32 other = warp; other < PARTS; other += WARPS) {
-        const u32 in_bin = room.above[other][1 + thread];
-        const u32 over = room.above[other][0] + warp_sum(thread > threshold ? in_bin : 0);
-        if (thread == 0) room.over[other] = over, room.equal[other] = room.above[other][1 + threshold];
-    }
-    __syncthreads();
-    if (warp == 0) {
+        const u32 threshold = __ffs(__ballot_sync(0xFFFFFFFFu, larger < wanted && larger + here >= wanted)) - 1;
+        const u32 all_ties = wanted - __shfl_sync(0xFFFFFFFFu, larger, threshold);
         // Thread i is part i.
-        const u32 equal = room.equal[thread], over = room.over[thread];
-        const u32 ties_before = min(room.ties, warp_prefix(equal) - equal), ties = min(room.ties - ties_before, equal);
+        u32 over = room.above[thread][0];
+#pragma unroll
+        for (u32 key = 0; key < REFINED; key++) over += key > threshold ? room.above[thread][1 + key] : 0;
+        const u32 equal = room.above[thread][1 + threshold];
+        const u32 ties_before = min(all_ties, warp_prefix(equal) - equal), ties = min(all_ties - ties_before, equal);
         const u32 count = over + ties, end = warp_prefix(count);
-        if (thread == part) room.share = {room.above[0][1 + REFINED] * REFINED + threshold, ties, end - count, count};
+        if (thread == part) room.share = {bin * REFINED + threshold, ties, end - count, count};
     }
     __syncthreads();
     return room.share;
 }
 
-// The part's selected positions, written to `positions` in ascending order.
-__device__ __forceinline__ void write_positions(const u16* keys, const Part rows, const Share share, u32* positions, u32* room, u32* last_tie) {
-    __shared__ u32 total;
-    u32 before = 0;
-    for (u32 base = rows.first; base < rows.end; base += THREADS * AT_ONCE) {
-        const u32 row = base + threadIdx.x * AT_ONCE;
-        const Keys loaded = load_keys(keys, row, rows.end);
-        const bool present = row < rows.end;
-        u32 over = 0, equal = 0;
-#pragma unroll
-        for (u32 i = 0; i < AT_ONCE; i++) {
-            over |= (u32)(key_at(loaded, i) > share.key) << i;
-            equal |= (u32)(key_at(loaded, i) == share.key) << i;
-        }
-        if (!present) over = equal = 0;
-        // Rows above and ties side by side: a part has fewer than 65,536 of each at a time.
-        const u32 own = __popc(over) | __popc(equal) << 16;
-        const u32 to = block_prefix(own, room);
-        const u32 first = before + to - own;
-        u32 ties = first >> 16, at = (first & 0xFFFFu) + min(ties, share.ties);
-        u32 bits = over | equal;
-        while (bits) {
-            const u32 i = __ffs(bits) - 1;
-            bits &= bits - 1;
-            const bool tie = equal >> i & 1;
-            if (!tie || ties < share.ties) positions[at++] = row + i;
-            if (tie && ++ties == share.ties) *last_tie = row + i + 1;
-        }
-        if (threadIdx.x == THREADS - 1) total = to;
-        __syncthreads();
-        before += total;
-    }
+// The lowest `count` bits of a mask.
+__device__ __forceinline__ u32 lowest_bits(u32 mask, u32 count) {
+    u32 dropped = __popc(mask);
+    dropped -= min(dropped, count);
+    for (; dropped; dropped--) mask &= ~(0x80000000u >> __clz(mask));
+    return mask;
 }
 
-// Hot places of the part's rows, and those that have none, in order.
-__device__ __forceinline__ u32 look_up(const u16* map, const u32* positions, u32 first, u32 count, u32* places, u32* misses, u32* room) {
-    __shared__ u32 total;
-    u32 missed = 0;
-    for (u32 base = 0; base < count; base += THREADS) {
-        const u32 i = base + threadIdx.x;
-        const bool present = i < count;
-        const u32 place = present ? map[positions[i]] : 0;
-        if (present) places[i] = place;
-        const u32 miss = present && place == COLD;
-        const u32 to = block_prefix(miss, room);
-        if (miss) misses[missed + to - 1] = first + i;
-        if (threadIdx.x == THREADS - 1) total = to;
-        __syncthreads();
-        missed += total;
+// Takes the lowest bit of a mask.
+__device__ __forceinline__ u32 next_bit(u32& mask) {
+    const u32 i = __ffs(mask) - 1;
+    mask &= mask - 1;
+    return i;
+}
+
+// What the blocks of a lane do with its rows.
+struct Lane {
+    const u16* keys;
+    const u16* map;    // or none: every row is hot at its own position
+    const u32* owner;
+    u32* positions;    // from the lane's first on
+    u32* places;
+    Miss* misses;
+    Victim* victims;
+    u32* bins;
+    VictimCounts* counts;
+    const u32* slots;
+    const u64* planes;
+    u64 page_bytes, in_page;  // of the host
+};
+
+__device__ __forceinline__ Lane lane_of(const StepJob& job, const SequenceState& sequence, const LayerPlace& place, u32 slot, u32 lane) {
+    const u64 own_lane = slot * job.lanes + lane, list = own_lane * job.max_count;
+    return {
+        reinterpret_cast<const u16*>(job.keys) + own_lane * job.max_rows,
+        place.map ? reinterpret_cast<const u16*>(place.map) + (u64)lane * place.max_rows : nullptr,
+        reinterpret_cast<const u32*>(place.owner) + (u64)lane * place.pool,
+        reinterpret_cast<u32*>(job.positions) + list,
+        reinterpret_cast<u32*>(job.hot_places) + list,
+        reinterpret_cast<Miss*>(job.misses) + list,
+        reinterpret_cast<Victim*>(job.victims) + list,
+        reinterpret_cast<u32*>(job.victim_bins) + own_lane * BINS,
+        reinterpret_cast<VictimCounts*>(job.victim_counts) + own_lane,
+        reinterpret_cast<const u32*>(sequence.slots),
+        reinterpret_cast<const u64*>(job.planes),
+        job.host_page_bytes,
+        (u64)lane * CHUNK_TOKENS * ROW_BYTES,
+    };
+}
+
+// Room that the block's threads share.
+struct Room {
+    OwnValues keys[THREADS], places[THREADS];
+    u32 bins[BINS];
+    ShareRoom share;
+    u32 sums[2][WARPS];
+    u32 counts[ABOVE_WORDS];
+    u32 found, last_tie;
+    Cut cut;
+    u32 first_lower, first_last;
+};
+
+// The tile of a part that lies in shared memory. A part of one tile is loaded once, others anew in each pass.
+struct Tile {
+    u32 row;   // the thread's first
+    u32 hot;   // which of the thread's rows are: a bit each
+    u64 page;  // where the lane's rows of their chunk lie on the host
+    bool has_keys;
+};
+
+// What no kernel changes between a step's gather and the next step's. Rows from `end` on have the lowest key and are not hot.
+__device__ __forceinline__ void load_places(const Lane& lane, u32 row, u32 end, Tile& tile, Room& room) {
+    tile = {row, 0, 0, false};
+    if (lane.map == nullptr || row >= end) return;
+    OwnValues& places = room.places[threadIdx.x];
+    places.words[0] = reinterpret_cast<const uint4*>(lane.map + row)[0];
+    places.words[1] = reinterpret_cast<const uint4*>(lane.map + row)[1];
+    tile.hot = ~at_least(places, COLD) & 0xFFFFu;
+    const u32 at = lane.slots[row / CHUNK_TOKENS];
+    tile.page = lane.planes[at >> 16] + (at & 0xFFFFu) * lane.page_bytes + lane.in_page;
+}
+
+__device__ __forceinline__ void load_tile(const Lane& lane, u32 row, u32 end, Tile& tile, Room& room) {
+    if (tile.row != row) load_places(lane, row, end, tile, room);
+    if (tile.has_keys) return;
+    OwnValues& keys = room.keys[threadIdx.x];
+    keys.words[0] = keys.words[1] = {0, 0, 0, 0};
+    if (row < end) {
+        keys.words[0] = reinterpret_cast<const uint4*>(lane.keys + row)[0];
+        keys.words[1] = reinterpret_cast<const uint4*>(lane.keys + row)[1];
+    }
+    tile.has_keys = true;
+}
+
+// Counts the part's rows above the bin, and those of each key in it.
+__device__ __forceinline__ void count_part(const Lane& lane, const Part rows, u32 bin, Tile& tile, Room& room) {
+    u32 above = 0;
+    for (u32 row = rows.first + threadIdx.x * OWN_ROWS; row < rows.end; row += TILE_ROWS) {
+        load_tile(lane, row, rows.end, tile, room);
+        const OwnValues& keys = room.keys[threadIdx.x];
+        const u32 over = at_least(keys, (bin + 1) * REFINED);
+        u32 in_bin = at_least(keys, bin * REFINED) & ~over;
+        above += __popc(over);
+        while (in_bin) atomicAdd(&room.counts[1 + value_at(keys, next_bit(in_bin)) % REFINED], 1);
+    }
+    above = warp_sum(above);
+    if (threadIdx.x % 32 == 0 && above) atomicAdd(&room.counts[0], above);
+}
+
+// Lists the part's selected rows in ascending order, and those that are not hot; counts the keys of hot rows that were not selected. Returns
+// how many rows are not hot.
+__device__ __forceinline__ u32 list_part(const Lane& lane, const Part rows, const Share share, Tile& tile, Room& room) {
+    u32 over_before = 0, ties_before = 0, missed = 0;
+    for (u32 base = rows.first; base < rows.end; base += TILE_ROWS) {
+        const u32 row = base + threadIdx.x * OWN_ROWS;
+        load_tile(lane, row, rows.end, tile, room);
+        const OwnValues &keys = room.keys[threadIdx.x], &places = room.places[threadIdx.x];
+        const u32 over = at_least(keys, share.key + 1), equal = row < rows.end ? at_least(keys, share.key) & ~over : 0;
+        // Rows above and ties side by side: a tile has fewer than 65,536 of each.
+        const Sum sum = block_sum(__popc(over) | __popc(equal) << 16, room.sums[0]);
+        const u32 ties = ties_before + (sum.before >> 16);
+        const u32 taken = lowest_bits(equal, share.ties - min(share.ties, ties));
+        if (taken && ties + __popc(taken) == share.ties) room.last_tie = row + 32 - __clz(taken);
+        const u32 selected = over | taken;
+        const Sum misses = block_sum(lane.map ? __popc(selected & ~tile.hot) : 0, room.sums[1]);
+        u32 at = share.first + over_before + (sum.before & 0xFFFFu) + min(ties, share.ties);
+        Miss* miss = lane.misses + share.first + missed + misses.before;
+        for (u32 rest = selected; rest; at++) {
+            const u32 i = next_bit(rest);
+            lane.positions[at] = row + i;
+            if (lane.map == nullptr) continue;
+            const bool hot = tile.hot >> i & 1;
+            lane.places[at] = hot ? value_at(places, i) : COLD;
+            if (!hot) *miss++ = {tile.page + (row + i) % CHUNK_TOKENS * ROW_BYTES, row + i, at};
+        }
+        for (u32 rest = tile.hot & ~selected; rest;) atomicAdd(&room.bins[value_at(keys, next_bit(rest)) / REFINED], 1);
+        over_before += sum.all & 0xFFFFu;
+        ties_before += sum.all >> 16;
+        missed += misses.all;
     }
     return missed;
 }
 
-// Counts the keys of the hot rows up to the threshold: candidates to be dropped, and some selected rows of exactly the threshold.
-// Places without a row count as key 0.
-__device__ __forceinline__ void count_victims(const LayerPlace& place, u32 lane, u32 part, const u16* keys, u32 rows, u32 threshold, u32* bins, u32* histogram) {
-    constexpr u32 TOGETHER = 3;
-    const u32* owner = reinterpret_cast<const u32*>(place.owner) + (u64)lane * place.pool;
-    const u32 size = (place.pool + PARTS - 1) / PARTS;
-    const u32 end = min(place.pool, (part + 1) * size);
-    for (u32 at = part * size + threadIdx.x; at < end; at += TOGETHER * THREADS) {
-        u32 row[TOGETHER], key[TOGETHER];
-#pragma unroll
-        for (u32 i = 0; i < TOGETHER; i++) row[i] = at + i * THREADS < end ? owner[at + i * THREADS] : 0;
-#pragma unroll
-        for (u32 i = 0; i < TOGETHER; i++) key[i] = row[i] < rows ? keys[row[i]] : 0;
-#pragma unroll
-        for (u32 i = 0; i < TOGETHER; i++)
-            if (at + i * THREADS < end && key[i] <= threshold) atomicAdd(&bins[key[i] / REFINED], 1);
+// Lists as many places as the lane misses rows: free ones, then all candidates of lower bins, then of the last bin whoever comes first.
+__device__ __forceinline__ void list_victims(const Lane& lane, const LayerPlace& place, const Part rows, u32 horizon, u32 part, u32 threshold, Sum own_free, Tile& tile, Room& room) {
+    const u32 missed = load_shared(&lane.counts->missed), free = min(missed, load_shared(&lane.counts->free));
+    if (missed == 0) return;
+    if (free) {
+        if (threadIdx.x == 0) room.first_lower = atomicAdd(&lane.counts->taken, own_free.all);
+        __syncthreads();
+        u32 index = room.first_lower + own_free.before;
+        for (u32 at = part * THREADS + threadIdx.x; at < place.pool; at += PARTS * THREADS) {
+            const u32 row = lane.owner[at];
+            if (row >= horizon && index++ < free) lane.victims[index - 1] = {at, row};
+        }
     }
-    __syncthreads();
-    for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS)
-        if (bins[bin]) atomicAdd(&histogram[bin], bins[bin]);
+    if (missed == free) return;
+    const Cut cut = find_cut(lane.bins, missed - free, room.sums[0], &room.cut);
+    for (u32 base = rows.first; base < rows.end; base += TILE_ROWS) {
+        const u32 row = base + threadIdx.x * OWN_ROWS;
+        load_tile(lane, row, rows.end, tile, room);
+        const OwnValues &keys = room.keys[threadIdx.x], &places = room.places[threadIdx.x];
+        const u32 over = at_least(keys, threshold + 1), taken_to = min(max((int)room.last_tie - (int)row, 0), (int)OWN_ROWS);
+        u32 lower = 0, last = 0;
+        for (u32 rest = tile.hot & ~over & ~(at_least(keys, threshold) & ((1u << taken_to) - 1)); rest;) {
+            const u32 i = next_bit(rest), bin = value_at(keys, i) / REFINED;
+            lower |= (u32)(bin < cut.bin) << i;
+            last |= (u32)(bin == cut.bin) << i;
+        }
+        // A tile has fewer than 65,536 of each.
+        const Sum sum = block_sum(__popc(lower) | __popc(last) << 16, room.sums[1]);
+        if (threadIdx.x == 0) room.first_lower = atomicAdd(&lane.counts->lower, sum.all & 0xFFFFu);
+        if (threadIdx.x == 32) room.first_last = atomicAdd(&lane.counts->last, sum.all >> 16);
+        __syncthreads();
+        u32 of_lower = room.first_lower + (sum.before & 0xFFFFu), of_last = room.first_last + (sum.before >> 16);
+        while (lower) {
+            const u32 i = next_bit(lower);
+            lane.victims[free + cut.of_last + of_lower++] = {value_at(places, i), row + i};
+        }
+        for (; last && of_last < cut.of_last; of_last++) {
+            const u32 i = next_bit(last);
+            lane.victims[free + of_last] = {value_at(places, i), row + i};
+        }
+    }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) compact(const StepJob job) {
-    __shared__ u32 room[WARPS];
-    __shared__ u32 bins[BINS];
-    __shared__ ShareRoom share_room;
-    __shared__ u32 last_tie;
-    enter_stream();
-    const u32 lane = blockIdx.y, slot = blockIdx.z, part = blockIdx.x;
+extern "C" __global__ void __launch_bounds__(THREADS, 3) select(const StepJob job) {
+    __shared__ __align__(16) Room room;
+    const u32 lane_index = blockIdx.y, slot = blockIdx.z, part = blockIdx.x;
     const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
     const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
-    if (sequence.length == 0 || sequence.count == 0) return;
-    const u64 own_lane = slot * job.lanes + lane;
-    const u32 rows = sequence.chunks * CHUNK_TOKENS;
-    for (u32 i = threadIdx.x; i < BINS; i += THREADS) bins[i] = 0;
-    if (threadIdx.x == 0) last_tie = 0;
-    const Share share = share_of(reinterpret_cast<const u32*>(job.above) + own_lane * PARTS * ABOVE_WORDS, sequence.count, part, share_room);
-    const u16* keys = reinterpret_cast<const u16*>(job.keys) + own_lane * job.max_rows;
-    const u64 list = own_lane * job.max_count + share.first;
-    u32* positions = reinterpret_cast<u32*>(job.positions) + list;
-    write_positions(keys, part_of(rows, part), share, positions, room, &last_tie);
-    if (place.map == 0) return;
-    const u16* map = reinterpret_cast<const u16*>(place.map) + (u64)lane * place.max_rows;
-    u32* places = reinterpret_cast<u32*>(job.hot_places) + list;
-    u32* misses = reinterpret_cast<u32*>(job.misses) + list;
-    const u32 missed = look_up(map, positions, share.first, share.count, places, misses, room);
+    const u64 own_lane = slot * job.lanes + lane_index;
+    const u32 horizon = sequence.length && sequence.count ? sequence.chunks * CHUNK_TOKENS : 0;
+    const Part rows = part_of(horizon, part);
+    const Lane lane = lane_of(job, sequence, place, slot, lane_index);
+    const u32 own_first = rows.first + threadIdx.x * OWN_ROWS;
+    Tile tile;
+    load_places(lane, own_first, rows.end, tile, room);
+    u32 free = 0;
+    if (lane.map && horizon) {
+#pragma unroll
+        for (u32 i = 0; i < OWN_PLACES; i++) {
+            const u32 at = (i * PARTS + part) * THREADS + threadIdx.x;
+            free += at < place.pool && lane.owner[at] >= horizon;
+        }
+    }
+    for (u32 i = threadIdx.x; i < BINS; i += THREADS) room.bins[i] = 0;
+    if (threadIdx.x < ABOVE_WORDS) room.counts[threadIdx.x] = 0;
+    if (threadIdx.x == 0) room.last_tie = 0;
+    enter_stream();
+    if (horizon == 0) return;
+    load_tile(lane, own_first, rows.end, tile, room);
+    u32* arrivals = &reinterpret_cast<Arrivals*>(job.arrivals)[own_lane].select;
+    u32* above = reinterpret_cast<u32*>(job.above) + own_lane * PARTS * ABOVE_WORDS;
+    const u32 bin = find_bin(reinterpret_cast<const u32*>(job.histogram) + own_lane * BINS, sequence.count, room.sums[0], &room.found);
+    count_part(lane, rows, bin, tile, room);
+    __syncthreads();
+    if (threadIdx.x < ABOVE_WORDS) above[part * ABOVE_WORDS + threadIdx.x] = room.counts[threadIdx.x];
+    meet(arrivals, PARTS);
+    const Share share = share_of(above, bin, sequence.count, part, room.share);
+    const u32 missed = list_part(lane, rows, share, tile, room);
+    if (lane.map == nullptr) return;
+    const Sum own_free = block_sum(free, room.sums[0]);
+    for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS)
+        if (room.bins[bin]) atomicAdd(&lane.bins[bin], room.bins[bin]);
     if (threadIdx.x == 0) {
-        if (missed) atomicAdd(&reinterpret_cast<VictimCounts*>(job.victim_counts)[own_lane].missed, missed);
-        reinterpret_cast<PartCounts*>(job.part_counts)[own_lane * PARTS + part] = {share.first, missed, share.key, last_tie};
+        if (missed) atomicAdd(&lane.counts->missed, missed);
+        if (own_free.all) atomicAdd(&lane.counts->free, own_free.all);
+        reinterpret_cast<PartCounts*>(job.part_counts)[own_lane * PARTS + part] = {share.first, missed};
         u64* counters = reinterpret_cast<u64*>(job.counters) + own_lane * 2;
         atomicAdd(&counters[0], (u64)(share.count - missed));
         if (missed) atomicAdd(&counters[1], (u64)missed);
     }
-    count_victims(place, lane, part, keys, rows, share.key, bins, reinterpret_cast<u32*>(job.victim_bins) + own_lane * BINS);
+    meet(arrivals, PARTS);
+    list_victims(lane, place, rows, horizon, part, share.key, own_free, tile, room);
 }

@@ -7,10 +7,10 @@ use cudarc::driver::CudaStream;
 use super::batch::BatchShape;
 use super::buffer::DeviceBuffer;
 use super::error::CudaError;
-use super::jobs::{BINS, LayerPlace, NOBODY, PARTS, PartCounts, REFINED, SAMPLE_PARTS, SequenceState, StepJob, VictimCounts};
+use super::jobs::{Arrivals, BINS, LayerPlace, NOBODY, PARTS, REFINED, SAMPLE_SUMS, SequenceState, StepJob, VictimCounts};
 use super::label::Labeller;
 use super::module::{Grid, Modules, Source, Specialisation};
-use super::step::{ATTEND_THREADS, MERGE_THREADS, SAMPLE_THREADS, SCORE_THREADS, SELECT_THREADS};
+use super::step::{SCORE_THREADS, SELECT_THREADS, score_blocks_of_lane};
 use crate::device::{AttendJob, HotRows, LayerGeometry, ScoreJob, SelectJob};
 use crate::shape::RowType;
 use crate::slot::CHUNK_TOKENS;
@@ -44,7 +44,7 @@ pub(super) fn score(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Score
     let specialisation = Specialisation::labels(geometry, plan);
     let labeller = Labeller::with_module(&modules.get(Source::Label, &specialisation)?, stream, geometry, job.coder)?;
     let module = modules.get(Source::Score, &specialisation)?;
-    let (sample, score) = (module.kernel("sample", 0)?, module.kernel("score", 0)?);
+    let score = module.kernel("score", module.score_bytes(&specialisation))?;
 
     let context = stream.context();
     let labels = DeviceBuffer::<u8>::uninitialised(context, chunks * page_bytes)?;
@@ -54,12 +54,12 @@ pub(super) fn score(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Score
     }
     let label_slots = DeviceBuffer::from_slice(stream, &(0..chunks as u32).collect::<Vec<u32>>())?;
     let query = DeviceBuffer::from_slice(stream, job.query)?;
-    let weights = DeviceBuffer::<u32>::zeroed(context, lanes * group * (plan.channels() / 4 + plan.groups().len()))?;
-    let label_lse = DeviceBuffer::<f32>::zeroed(context, lanes * group * SAMPLE_PARTS * 2)?;
+    let label_lse = DeviceBuffer::<f32>::zeroed(context, lanes * group * SAMPLE_SUMS * 2)?;
     let room = DeviceBuffer::<u16>::zeroed(context, keys.len())?;
     let histogram = DeviceBuffer::<u32>::zeroed(context, lanes * BINS)?;
     let victim_bins = DeviceBuffer::<u32>::zeroed(context, lanes * BINS)?;
     let victim_counts = DeviceBuffer::<VictimCounts>::zeroed(context, lanes)?;
+    let arrivals = DeviceBuffer::<Arrivals>::zeroed(context, lanes)?;
     // A step begins by appending the newest row, which nobody reads here.
     let new_rows = DeviceBuffer::<u8>::zeroed(context, lanes * geometry.row_bytes())?;
     let tail = DeviceBuffer::<u8>::zeroed(context, geometry.page_bytes())?;
@@ -78,21 +78,21 @@ pub(super) fn score(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Score
         channels: labeller.channels(),
         steps: labeller.steps(),
         query: query.address(),
-        weights: weights.address(),
         label_lse: label_lse.address(),
         keys: room.address(),
         histogram: histogram.address(),
         victim_bins: victim_bins.address(),
         victim_counts: victim_counts.address(),
+        arrivals: arrivals.address(),
         lanes: lanes as u32,
         max_rows: (chunks * CHUNK_TOKENS) as u32,
         score_scale: geometry.softmax_scale * std::f32::consts::LOG2_E,
         ..seat.job()
     };
-    let blocks = (2 * modules.gpu().processors as usize / lanes).max(1);
+    let resident = score.resident_blocks(SCORE_THREADS)? * modules.gpu().processors as usize;
+    let blocks = score_blocks_of_lane(resident, lanes);
     // SAFETY: every address of the job is of a buffer above, which live until the keys have been read.
     unsafe {
-        sample.launch(stream, Grid { blocks: [SAMPLE_PARTS, lanes, 1], threads: SAMPLE_THREADS }, &step)?;
         score.launch(stream, Grid { blocks: [blocks, lanes, 1], threads: SCORE_THREADS }, &step)?;
     }
     room.read(stream, 0, keys)
@@ -117,9 +117,9 @@ pub(super) fn select(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Sele
         room.write(stream, lane * padded, keys)?;
     }
     let histogram = DeviceBuffer::<u32>::zeroed(context, lanes * BINS)?;
-    let above = DeviceBuffer::<u32>::zeroed(context, lanes * PARTS * (2 + REFINED))?;
+    let above = DeviceBuffer::<u32>::zeroed(context, lanes * PARTS * (1 + REFINED))?;
     let list = DeviceBuffer::<u32>::zeroed(context, lanes * count)?;
-    let part_counts = DeviceBuffer::<PartCounts>::zeroed(context, lanes * PARTS)?;
+    let arrivals = DeviceBuffer::<Arrivals>::zeroed(context, lanes)?;
     let state = SequenceState {
         length: padded as u32,
         chunks: (padded / CHUNK_TOKENS) as u32,
@@ -134,14 +134,14 @@ pub(super) fn select(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Sele
         histogram: histogram.address(),
         above: above.address(),
         positions: list.address(),
-        part_counts: part_counts.address(),
+        arrivals: arrivals.address(),
         lanes: lanes as u32,
         max_rows: padded as u32,
         max_count: count as u32,
         ..seat.job()
     };
     let grid = Grid { blocks: [PARTS, lanes, 1], threads: SELECT_THREADS };
-    for name in ["count_keys", "count_part", "compact"] {
+    for name in ["count_keys", "select"] {
         // SAFETY: every address of the job is of a buffer above, which live until the positions have been read.
         unsafe { module.kernel(name, 0)?.launch(stream, grid, &step) }?;
     }
@@ -215,7 +215,8 @@ pub(super) fn attend(
         lse.fill(f32::NEG_INFINITY);
         return Ok(());
     }
-    let module = modules.get(Source::Attend, &Specialisation::rows(geometry))?;
+    let specialisation = Specialisation::rows(geometry);
+    let module = modules.get(Source::Attend, &specialisation)?;
     let context = stream.context();
     let (hot, tail) = (DeviceBuffer::from_slice(stream, &rows.listed)?, DeviceBuffer::from_slice(stream, &rows.tail)?);
     let places: Vec<u32> = (0..lanes).flat_map(|_| 0..rows.listed_per_lane as u32).collect();
@@ -226,6 +227,7 @@ pub(super) fn attend(
     let block_rows = BatchShape::block_rows(rows.entries(), lanes);
     let blocks = rows.entries().div_ceil(block_rows);
     let partials = DeviceBuffer::<f32>::zeroed(context, lanes * blocks * group * (dim + 2))?;
+    let arrivals = DeviceBuffer::<Arrivals>::zeroed(context, lanes)?;
     // Only whether there is a map matters here: without one, hot places would be positions.
     let map = DeviceBuffer::<u16>::zeroed(context, 1)?;
     let state = SequenceState {
@@ -253,17 +255,16 @@ pub(super) fn attend(
         lse: sums.address(),
         hot_places: places.address(),
         partials: partials.address(),
+        arrivals: arrivals.address(),
         lanes: lanes as u32,
         max_count: rows.listed_per_lane as u32,
         max_blocks: blocks as u32,
         score_scale: geometry.softmax_scale * std::f32::consts::LOG2_E,
         ..seat.job()
     };
+    let grid = Grid { blocks: [blocks, lanes, 1], threads: 32 * specialisation.attend_warps() };
     // SAFETY: every address of the job is of a buffer above, which live until the results have been read.
-    unsafe {
-        module.kernel("attend", 0)?.launch(stream, Grid { blocks: [blocks, lanes, 1], threads: ATTEND_THREADS }, &step)?;
-        module.kernel("merge", 0)?.launch(stream, Grid { blocks: [group, lanes, 1], threads: MERGE_THREADS }, &step)?;
-    }
+    unsafe { module.kernel("attend", 0)?.launch(stream, grid, &step)? };
     outputs.read(stream, 0, output)?;
     sums.read(stream, 0, lse)
 }

@@ -1,4 +1,5 @@
 // Label scores of a unit of rows on tensor cores: packed codes are unsigned bytes after a shift and a mask, query weights signed bytes.
+// Codes of fewer than 8 bits stay at the top of their byte: multiplying shifts them there, in a pipeline that has nothing else to do.
 //
 // A unit is UNIT rows of one lane. The eight columns of the product are the lane's query heads, padded to PADDED; where that leaves
 // columns over, they take further rows of the unit instead (weights of column n are those of head n % PADDED, and zero unless it is the
@@ -68,31 +69,40 @@ __device__ __forceinline__ void weights_of_group(const float* query, const u16* 
     if constexpr (G + 1 < N_GROUPS) weights_of_group<G + 1>(query, channels, steps, scale, head, out);
 }
 
-// Computes the weights of `lane_index` of a batch slot, by all threads of the block; ends with a barrier.
-__device__ __forceinline__ void make_weights(const StepJob& job, u32 slot, u32 lane_index, LaneWeights& out) {
+// What the weights of a lane are made from, in shared memory.
+struct WeightSources {
+    u16 channels[CHANNELS];
+    float steps[CHANNELS];
+    float query[GROUP * HEAD_DIM];
+};
+
+// Channels and steps, which no kernel writes.
+__device__ __forceinline__ void fetch_coder(const StepJob& job, u32 lane_index, WeightSources& out) {
     const u16* channels = reinterpret_cast<const u16*>(job.channels) + lane_index * CHANNELS;
     const float* steps = reinterpret_cast<const float*>(job.steps) + lane_index * CHANNELS;
-    for (u32 head = threadIdx.x / 32; head < GROUP; head += blockDim.x / 32) {
-        const float* query = reinterpret_cast<const float*>(job.query) + ((u64)(slot * job.lanes + lane_index) * GROUP + head) * HEAD_DIM;
-        weights_of_group<0>(query, channels, steps, job.score_scale, head, out);
-    }
+    for (u32 channel = threadIdx.x; channel < CHANNELS; channel += blockDim.x) out.channels[channel] = channels[channel], out.steps[channel] = steps[channel];
+}
+
+// Computes the weights of `lane_index` of a batch slot, by all threads of the block, after `fetch_coder`; ends with a barrier.
+__device__ __forceinline__ void make_weights(const StepJob& job, u32 slot, u32 lane_index, WeightSources& sources, LaneWeights& out) {
+    const float* query = reinterpret_cast<const float*>(job.query) + (u64)(slot * job.lanes + lane_index) * GROUP * HEAD_DIM;
+    for (u32 i = threadIdx.x; i < GROUP * HEAD_DIM; i += blockDim.x) sources.query[i] = query[i];
+    __syncthreads();
+    for (u32 head = threadIdx.x / 32; head < GROUP; head += blockDim.x / 32)
+        weights_of_group<0>(sources.query + head * HEAD_DIM, sources.channels, sources.steps, job.score_scale, head, out);
     __syncthreads();
 }
 
-constexpr u32 WEIGHT_WORDS = sizeof(LaneWeights) / 4;
-
-// Copies the weights that another kernel has made; ends with a barrier.
-__device__ __forceinline__ void fetch_weights(const StepJob& job, u64 own_lane, LaneWeights& out) {
-    const u32* from = reinterpret_cast<const u32*>(job.weights) + own_lane * WEIGHT_WORDS;
-    for (u32 word = threadIdx.x; word < WEIGHT_WORDS; word += blockDim.x) reinterpret_cast<u32*>(&out)[word] = from[word];
-    __syncthreads();
-}
-
-// What a thread keeps of the weights: by column tile and product, for each turn. Threads of other turns hold zeros.
+// What a thread keeps of the weights: by column tile and product, for each turn. Threads of other turns hold zeros. A score is `start` and the
+// sums of products by `factors`.
 struct Fragments {
     u32 b[COLUMN_TILES][PRODUCTS][2];
     float factors[COLUMN_TILES][PLANES][2];
+    float start[COLUMN_TILES][2];
 };
+
+// Bits below the codes of a group within their bytes.
+__device__ constexpr u32 raised(u32 group) { return GROUPS[group].bits < 8 ? 8 - GROUPS[group].bits : 0; }
 
 template <u32 G>
 __device__ __forceinline__ void fragments_of_group(const LaneWeights& weights, Fragments& out) {
@@ -114,16 +124,24 @@ __device__ __forceinline__ void fragments_of_group(const LaneWeights& weights, F
 #pragma unroll
             for (u32 column = 0; column < 2; column++) {
                 const u32 of = 8 * tile + (2 * t + column) % PADDED;
-                out.factors[tile][planes_before(G) + plane][column] = of < GROUP ? weights.factors[of < GROUP ? of : 0][G] * (plane ? 256.0f : 1.0f) : 0.0f;
+                out.factors[tile][planes_before(G) + plane][column] = of < GROUP ? weights.factors[of < GROUP ? of : 0][G] * (plane ? 256.0f : 1.0f / (1u << raised(G))) : 0.0f;
             }
         }
     }
     if constexpr (G + 1 < N_GROUPS) fragments_of_group<G + 1>(weights, out);
 }
 
+// Sixteen label bytes, of a stage in shared memory or from where they are read once.
+template <bool STAGED>
+__device__ __forceinline__ uint4 label_16(const u8* from) {
+    if constexpr (STAGED) return *reinterpret_cast<const uint4*>(from);
+    return load_16_once(from);
+}
+
 // Codes of one product's A operand: quads 8 * PRODUCT + t and + 4 of 32 rows, which are two blocks of 16 rows of a label page: `block` is the
-// first for threads of g < 4 and the second for the others. Word w of a thread is token 4 * (g % 4) + w of its block.
-template <u32 G, u32 PRODUCT, u32 PLANE>
+// first for threads of g < 4 and the second for the others. Word w of a thread is token 4 * (g % 4) + w of its block. A thread whose quad does
+// not exist has those of another: its weights are zero.
+template <bool STAGED, u32 G, u32 PRODUCT, u32 PLANE>
 __device__ __forceinline__ void load_codes(const u8* block, u32 (&codes)[2][4]) {
     constexpr u32 bits = GROUPS[G].bits;
     const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -146,65 +164,108 @@ __device__ __forceinline__ void load_codes(const u8* block, u32 (&codes)[2][4]) 
                 u32 word = w % 2 ? pairs[w / 2] >> 16 : pairs[w / 2] & 0xFFFFu;
                 word = (word | word << 8) & 0x00FF00FFu;
                 word = (word | word << 4) & 0x0F0F0F0Fu;
-                codes[half][w] = word >> (t < 2 ? 2 * t : 0) & 0x03030303u;
+                codes[half][w] = word << (t == 1 ? 4 : 6) & 0xC0C0C0C0u;
             }
         } else {
             constexpr u32 a_vector = bits == 16 ? 1 : 8 / bits;
             const u32 safe = quad < quads_of(G) ? quad : base;
             const u32 vector = bits == 16 ? 2 * safe + PLANE : safe / a_vector;
-            const uint4 words = load_16_once(group + vector * 64 + (g % 4) * 16);
-            const u32 shift = safe % a_vector * (bits == 16 ? 8 : bits);
-            constexpr u32 mask = bits == 2 ? 0x03030303u : bits == 4 ? 0x0F0F0F0Fu : 0xFFFFFFFFu;
-            codes[half][0] = words.x >> shift & mask;
-            codes[half][1] = words.y >> shift & mask;
-            codes[half][2] = words.z >> shift & mask;
-            codes[half][3] = words.w >> shift & mask;
+            const uint4 words = label_16<STAGED>(group + vector * 64 + (g % 4) * 16);
+            codes[half][0] = words.x, codes[half][1] = words.y, codes[half][2] = words.z, codes[half][3] = words.w;
+            if constexpr (bits < 8) {
+                constexpr u32 mask = bits == 2 ? 0xC0C0C0C0u : 0xF0F0F0F0u;
+                const u32 shift = 1u << raised(G) >> safe % a_vector * bits;
+#pragma unroll
+                for (u32 w = 0; w < 4; w++) codes[half][w] = codes[half][w] * shift & mask;
+            }
         }
     }
 }
+
+// Largest sum of products that a group can have.
+__device__ constexpr u32 most_of(u32 group) { return GROUPS[group].channels * 127 * (256 - (1u << raised(group))); }
+__device__ constexpr u32 most_before(u32 group) { return group == 0 ? 0 : most_of(group - 1) > most_before(group - 1) ? most_of(group - 1) : most_before(group - 1); }
+__device__ constexpr u32 least_before(u32 group) { return group == 0 ? ~0u : most_of(group - 1) < least_before(group - 1) ? most_of(group - 1) : least_before(group - 1); }
+// Whether every sum fits 22 bits: then it is counted from the bits of 1.5 x 2^23, and is a float as it stands. Conversions have a pipeline of
+// their own, and a slow one.
+constexpr bool NARROW = most_before(N_GROUPS) < 1u << 22;
+// Whether that 1.5 x 2^23 may stay in the sum until the end, as part of `start`: the rounding of one unit of a sum must be nothing to a score.
+constexpr bool KEPT = NARROW && least_before(N_GROUPS) >= 1u << 18;
+constexpr float FROM = 12582912.0f;
 
 struct Sums {
     int c[COLUMN_TILES][SUMS][PLANES][4];
 };
 
-template <u32 G, u32 PRODUCT, u32 PLANE>
+__device__ __forceinline__ Sums no_sums() {
+    Sums sums;
+#pragma unroll
+    for (u32 tile = 0; tile < COLUMN_TILES; tile++)
+#pragma unroll
+        for (u32 sum = 0; sum < SUMS; sum++)
+#pragma unroll
+            for (u32 plane = 0; plane < PLANES; plane++)
+#pragma unroll
+                for (u32 i = 0; i < 4; i++) sums.c[tile][sum][plane][i] = NARROW ? __float_as_int(FROM) : 0;
+    return sums;
+}
+
+// Scales scores by `by` and counts them from `start`.
+__device__ __forceinline__ void set_scale(Fragments& weights, float by, const float (&start)[COLUMN_TILES][2]) {
+#pragma unroll
+    for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
+#pragma unroll
+        for (u32 column = 0; column < 2; column++) {
+            double from = start[tile][column];
+#pragma unroll
+            for (u32 plane = 0; plane < PLANES; plane++) {
+                weights.factors[tile][plane][column] *= by;
+                if (KEPT) from -= (double)FROM * weights.factors[tile][plane][column];
+            }
+            weights.start[tile][column] = (float)from;
+        }
+    }
+}
+
+template <bool STAGED, u32 G, u32 PRODUCT, u32 PLANE>
 __device__ __forceinline__ void add_products(const u8* block, u32 load, const Fragments& weights, Sums& sums) {
     u32 codes[2][4];
-    load_codes<G, PRODUCT, PLANE>(block, codes);
+    load_codes<STAGED, G, PRODUCT, PLANE>(block, codes);
     const u32 g = threadIdx.x % 32 / 4;
 #pragma unroll
     for (u32 m = 0; m < 2; m++) {
         const u32 product = 2 * load + m, turn = product % TURNS, sum = product / TURNS;
-        const u32 a[4] = {codes[0][2 * m], codes[0][2 * m + 1], codes[1][2 * m], codes[1][2 * m + 1]};
 #pragma unroll
         for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
             const u32(&b)[2] = weights.b[tile][products_before(G) + PRODUCT];
             const bool mine = TURNS == 1 || g / PADDED == turn;
-            mma_bytes(sums.c[tile][sum][planes_before(G) + PLANE], a, mine ? b[0] : 0, mine ? b[1] : 0);
+            int(&c)[4] = sums.c[tile][sum][planes_before(G) + PLANE];
+            if constexpr (quads_of(G) - 8 * PRODUCT > 4) {
+                const u32 a[4] = {codes[0][2 * m], codes[0][2 * m + 1], codes[1][2 * m], codes[1][2 * m + 1]};
+                mma_bytes(c, a, mine ? b[0] : 0, mine ? b[1] : 0);
+            } else {
+                const u32 a[2] = {codes[0][2 * m], codes[0][2 * m + 1]};
+                mma_bytes(c, a, mine ? b[0] : 0);
+            }
         }
     }
     if constexpr (PLANE + 1 < planes_of(G)) {
-        add_products<G, PRODUCT, PLANE + 1>(block, load, weights, sums);
+        add_products<STAGED, G, PRODUCT, PLANE + 1>(block, load, weights, sums);
     } else if constexpr (PRODUCT + 1 < products_of(G)) {
-        add_products<G, PRODUCT + 1, 0>(block, load, weights, sums);
+        add_products<STAGED, G, PRODUCT + 1, 0>(block, load, weights, sums);
     } else if constexpr (G + 1 < N_GROUPS) {
-        add_products<G + 1, 0, 0>(block, load, weights, sums);
+        add_products<STAGED, G + 1, 0, 0>(block, load, weights, sums);
     }
 }
 
-// Largest sum of products that a group can have.
-__device__ constexpr u32 most_of(u32 group) { return GROUPS[group].channels * 127 * (GROUPS[group].bits >= 8 ? 255 : (1u << GROUPS[group].bits) - 1); }
-__device__ constexpr u32 most_before(u32 group) { return group == 0 ? 0 : most_of(group - 1) > most_before(group - 1) ? most_of(group - 1) : most_before(group - 1); }
-// Whether every sum fits 22 bits, so that an addition converts it: conversions have a pipeline of their own, and a slow one.
-constexpr bool NARROW = most_before(N_GROUPS) < 1u << 22;
-
 __device__ __forceinline__ float to_float(int sum) {
-    if constexpr (NARROW) return __int_as_float(sum + 0x4B400000) - 12582912.0f;
+    if constexpr (KEPT) return __int_as_float(sum);
+    if constexpr (NARROW) return __int_as_float(sum) - FROM;
     return (float)sum;
 }
 
-// Scores in log2 of a unit. Score [tile][sum][2 * r + c] of thread (g, t) is that of head 8 * tile + (2 * t + c) % PADDED and of row
-// row_of(sum, c) + r of the unit.
+// Scores of a unit, as `set_scale` says; in log2 by 1 from 0. Score [tile][sum][2 * r + c] of thread (g, t) is that of head
+// 8 * tile + (2 * t + c) % PADDED and of row row_of(sum, c) + r of the unit.
 struct Scores {
     float x[COLUMN_TILES][SUMS][4];
 };
@@ -215,11 +276,12 @@ __device__ __forceinline__ u32 row_of(u32 sum, u32 column) {
     return product / 2 * 32 + g / 4 * 16 + g % 4 * 4 + product % 2 * 2;
 }
 
-// `blocks` are the blocks of 16 rows that this thread loads from; scores count from `start`.
-__device__ __forceinline__ Scores score_unit(const u8* const (&blocks)[LOADS], const Fragments& weights, const float (&start)[COLUMN_TILES][2]) {
-    Sums sums = {};
+// `blocks` are the blocks of 16 rows that this thread loads from.
+template <bool STAGED>
+__device__ __forceinline__ Scores score_unit(const u8* const (&blocks)[LOADS], const Fragments& weights) {
+    Sums sums = no_sums();
 #pragma unroll
-    for (u32 load = 0; load < LOADS; load++) add_products<0, 0, 0>(blocks[load], load, weights, sums);
+    for (u32 load = 0; load < LOADS; load++) add_products<STAGED, 0, 0, 0>(blocks[load], load, weights, sums);
     Scores scores;
 #pragma unroll
     for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
@@ -227,9 +289,9 @@ __device__ __forceinline__ Scores score_unit(const u8* const (&blocks)[LOADS], c
         for (u32 sum = 0; sum < SUMS; sum++) {
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
-                float x = start[tile][i % 2];
+                float x = weights.start[tile][i % 2];
 #pragma unroll
-                for (u32 plane = 0; plane < PLANES; plane++) x += to_float(sums.c[tile][sum][plane][i]) * weights.factors[tile][plane][i % 2];
+                for (u32 plane = 0; plane < PLANES; plane++) x = __fmaf_rn(to_float(sums.c[tile][sum][plane][i]), weights.factors[tile][plane][i % 2], x);
                 scores.x[tile][sum][i] = x;
             }
         }

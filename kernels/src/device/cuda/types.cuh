@@ -11,8 +11,8 @@ constexpr u32 NOBODY = 0xFFFFFFFFu;
 // A histogram of keys counts their upper 11 bits; the lower 5 are refined.
 constexpr u32 BINS = 2048;
 constexpr u32 REFINED = 32;
-// Blocks that share a lane while the sample is scored.
-constexpr u32 SAMPLE_PARTS = 16;
+// Sums of sampled scores that a head has at most, each of so many units of rows.
+constexpr u32 SAMPLE_SUMS = 1024;
 // Blocks that share a lane while rows are selected: each takes a contiguous part of the rows.
 constexpr u32 PARTS = 32;
 
@@ -43,16 +43,36 @@ struct LayerPlace {
 
 // What a part of a lane's rows contributes to the lane's list.
 struct PartCounts {
-    u32 first;      // its first index in the list
-    u32 missed;     // rows that are not hot, listed from `first` on in `misses`
-    u32 threshold;  // the lane's: rows of larger keys are selected
-    u32 last_tie;   // last selected row of exactly the threshold in this part, plus 1; 0: none
+    u32 first;   // its first index in the list
+    u32 missed;  // rows that are not hot, listed from `first` on in `misses`
+};
+
+// A selected row that is not hot.
+struct Miss {
+    u64 from;   // device address of its bytes in host memory
+    u32 row;
+    u32 index;  // in the lane's list
+};
+
+// A hot place to be taken, and the row that it holds, or NOBODY.
+struct Victim {
+    u32 place, row;
 };
 
 // What a lane's victims are counted with.
 struct VictimCounts {
     u32 lower, last;  // places taken of lower bins, and of the last one
     u32 missed;       // selected rows that are not hot
+    u32 free;         // places whose row is nobody's or after the horizon
+    u32 taken;        // of them
+    u32 unused[3];
+};
+
+// Blocks of a lane that came somewhere. Counts go on from launch to launch.
+struct Arrivals {
+    u32 score;   // to the barrier of score.cu, whose grid never changes
+    u32 select;  // to a barrier of select.cu
+    u32 attend;  // to the end of attention, modulo the lane's blocks
     u32 unused;
 };
 
@@ -70,19 +90,19 @@ struct StepJob {
     u64 query;         // f32[slot][query head][HEAD_DIM]
     u64 output;        // f32[slot][query head][HEAD_DIM]
     u64 lse;           // f32[slot][query head], natural
-    u64 weights;       // [slot][lane]: the heads' integer weights, see tile.cuh
-    u64 label_lse;     // f32[slot][query head][SAMPLE_PARTS][2]: maximum (log2) and sum of the sampled label scores
+    u64 label_lse;     // f32[slot][query head][SAMPLE_SUMS][2]: maximum (log2) and sum of the sampled label scores
     u64 keys;          // u16[slot][lane][max_rows]
     u64 histogram;     // u32[slot][lane][BINS]: keys by their upper bits
-    u64 above;         // u32[slot][lane][PARTS][2 + REFINED]
+    u64 above;         // u32[slot][lane][PARTS][1 + REFINED]
     u64 positions;     // u32[slot][lane][max_count]: selected rows, ascending
     u64 hot_places;    // u32[slot][lane][max_count]: where they are hot
-    u64 misses;        // u32[slot][lane][max_count]: indices of selected rows that are not hot, by part
+    u64 misses;        // Miss[slot][lane][max_count], by part
     u64 part_counts;   // PartCounts[slot][lane][PARTS]
     u64 victim_bins;   // u32[slot][lane][BINS]: hot rows that may be dropped, likewise
-    u64 victims;       // u32[slot][lane][max_count]: hot places to be taken
+    u64 victims;       // Victim[slot][lane][max_count]
     u64 victim_counts; // VictimCounts[slot][lane]
     u64 partials;      // f32[slot][lane][max_blocks][PARTIAL]
+    u64 arrivals;      // Arrivals[slot][lane]
     u64 counters;      // u64[slot][lane][2]: hits and misses since they were reset
     u64 trace;         // u16[slot][lane][trace_rows]: keys to be selected by instead of the computed ones, row r's for rows r x run and on; or 0
     u32 lanes;
@@ -92,11 +112,14 @@ struct StepJob {
     u32 trace_rows;
     float score_scale; // softmax scale x log2 e
     u32 slots;
-    u32 unused;
+    u32 appends;       // whether attention reads the newest row from new_rows and appends it
 };
 
 static_assert(sizeof(SequenceState) == SEQUENCE_STATE_BYTES, "as in jobs.rs");
 static_assert(sizeof(LayerPlace) == LAYER_PLACE_BYTES, "as in jobs.rs");
 static_assert(sizeof(PartCounts) == PART_COUNTS_BYTES, "as in jobs.rs");
+static_assert(sizeof(Miss) == MISS_BYTES, "as in jobs.rs");
+static_assert(sizeof(Victim) == VICTIM_BYTES, "as in jobs.rs");
+static_assert(sizeof(Arrivals) == ARRIVALS_BYTES, "as in jobs.rs");
 static_assert(sizeof(VictimCounts) == VICTIM_COUNTS_BYTES, "as in jobs.rs");
 static_assert(sizeof(StepJob) == STEP_JOB_BYTES, "as in jobs.rs");
