@@ -122,10 +122,7 @@ impl<'a> Contest<'a> {
             let mut timer = Timer::new(batch.stream());
             let mut times = Vec::new();
             for round in 0..WARM_UP + self.rounds {
-                timer.mark()?;
-                graph.launch()?;
-                timer.mark()?;
-                let time = timer.take()?[0];
+                let time = timed(&mut timer, || Ok(graph.launch()?))?;
                 if round >= WARM_UP {
                     times.push(time);
                 }
@@ -141,10 +138,7 @@ impl<'a> Contest<'a> {
         let mut timer = Timer::new(buffers.batch().stream());
         let mut times = Vec::new();
         for round in 0..1 + self.rounds.min(5) {
-            timer.mark()?;
-            buffers.enqueue(layers)?;
-            timer.mark()?;
-            let time = timer.take()?[0];
+            let time = timed(&mut timer, || Ok(buffers.enqueue(layers)?))?;
             if round > 0 {
                 times.push(time);
             }
@@ -223,10 +217,7 @@ impl<'a> Contest<'a> {
             let mut timer = Timer::new(batch.stream());
             let mut times = Vec::new();
             for round in 0..WARM_UP + self.rounds {
-                timer.mark()?;
-                graph.launch()?;
-                timer.mark()?;
-                let time = timer.take()?[0];
+                let time = timed(&mut timer, || Ok(graph.launch()?))?;
                 if round >= WARM_UP {
                     times.push(time);
                 }
@@ -295,10 +286,7 @@ impl<'a> Contest<'a> {
         let steps = (TRACE_WARM_UP + self.rounds.max(TRACE_ROUNDS)).min(trace.steps);
         for step in 0..steps {
             set_trace(&mut batch, trace, step)?;
-            timer.mark()?;
-            graph.launch()?;
-            timer.mark()?;
-            let time = timer.take()?[0];
+            let time = timed(&mut timer, || Ok(graph.launch()?))?;
             for (index, counts) in batch.take_counters()?.into_iter().enumerate() {
                 if step >= TRACE_WARM_UP {
                     let sum = &mut hits[index % trace.layers];
@@ -338,10 +326,7 @@ impl<'a> Contest<'a> {
                 show_progress(&format!("batch of {sequences}, n/{denominator}"), step, TRACE_WARM_UP + self.rounds);
                 set_trace(&mut batch, trace, step)?;
                 for hot in [false, true] {
-                    timer.mark()?;
-                    graph.launch()?;
-                    timer.mark()?;
-                    let time = timer.take()?[0];
+                    let time = timed(&mut timer, || Ok(graph.launch()?))?;
                     let counts = batch.take_counters()?;
                     if step < TRACE_WARM_UP {
                         continue;
@@ -380,11 +365,10 @@ impl<'a> Contest<'a> {
         let mut timer = Timer::new(dense.stream());
         let mut times = Vec::new();
         for round in 0..WARM_UP + self.rounds {
-            timer.mark()?;
-            graph.launch()?;
-            probe.read(dense.stream(), &weights)?;
-            timer.mark()?;
-            let time = timer.take()?[0];
+            let time = timed(&mut timer, || {
+                graph.launch()?;
+                Ok(probe.read(dense.stream(), &weights)?)
+            })?;
             if round >= WARM_UP {
                 times.push(time);
             }
@@ -400,11 +384,10 @@ impl<'a> Contest<'a> {
             let mut times = Vec::new();
             for step in 0..(TRACE_WARM_UP + self.rounds).min(trace.steps) {
                 set_trace(&mut batch, trace, step)?;
-                timer.mark()?;
-                graph.launch()?;
-                probe.read(batch.stream(), &weights)?;
-                timer.mark()?;
-                let time = timer.take()?[0];
+                let time = timed(&mut timer, || {
+                    graph.launch()?;
+                    Ok(probe.read(batch.stream(), &weights)?)
+                })?;
                 if step >= TRACE_WARM_UP {
                     times.push(time);
                 }
@@ -457,10 +440,7 @@ impl<'a> Contest<'a> {
             if cold {
                 batch.forget_hot_rows(0)?;
             }
-            timer.mark()?;
-            graph.launch()?;
-            timer.mark()?;
-            let time = timer.take()?[0];
+            let time = timed(&mut timer, || Ok(graph.launch()?))?;
             let counts = batch.take_counters()?;
             if round >= WARM_UP {
                 times.push(time);
@@ -486,6 +466,14 @@ fn set_trace(batch: &mut Batch, trace: &KeyTrace, step: usize) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Milliseconds of what `work` puts on the timer's stream.
+fn timed(timer: &mut Timer, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+    timer.mark()?;
+    work()?;
+    timer.mark()?;
+    Ok(timer.take()?[0])
 }
 
 /// Settings of sparse steps.

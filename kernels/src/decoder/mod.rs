@@ -6,6 +6,7 @@
 mod fidelity;
 mod resident;
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
@@ -406,9 +407,7 @@ impl Decoder {
         part: &LayerPart,
         window: Option<usize>,
     ) -> Result<StepReport, StepError> {
-        let query_values = part.geometry.heads.query_heads() * part.geometry.head_dim;
-        let end = request.first_position + request.queries.len() / query_values;
-        let start = window.map_or(0, |window| (request.first_position + 1).saturating_sub(window));
+        let Range { start, end } = attended(request, part, window);
         if end == request.first_position + 1 {
             let position = request.first_position;
             let query = Query { position, values: request.queries, output: request.output, lse: request.lse };
@@ -424,9 +423,7 @@ impl Decoder {
         part: &LayerPart,
         window: Option<usize>,
     ) -> Result<StepReport, StepError> {
-        let query_values = part.geometry.heads.query_heads() * part.geometry.head_dim;
-        let end = request.first_position + request.queries.len() / query_values;
-        let start = window.map_or(0, |window| (request.first_position + 1).saturating_sub(window));
+        let Range { start, end } = attended(request, part, window);
         if let (Some(resident), None) = (&mut self.resident, window) {
             resident.register(request.sequence, end)?;
         }
@@ -474,6 +471,13 @@ impl Decoder {
         });
         Ok(lanes.collect())
     }
+}
+
+/// Rows that the query tokens of a request attend, all together.
+fn attended(request: &StepRequest<'_>, part: &LayerPart, window: Option<usize>) -> Range<usize> {
+    let count = request.queries.len() / (part.geometry.heads.query_heads() * part.geometry.head_dim);
+    let start = window.map_or(0, |window| (request.first_position + 1).saturating_sub(window));
+    start..request.first_position + count
 }
 
 fn sequence_part(layer: usize, sequence: &Sequence) -> Result<LayerPart, StepError> {

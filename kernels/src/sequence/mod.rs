@@ -28,7 +28,7 @@ use crate::shared::SharedError;
 use crate::shared::board::{Board, BoardState};
 use crate::shared::open::{OpenLayout, OpenSlots, SlotRecord};
 use crate::shared::segment::{Access, LabelSegment, Segment};
-use crate::slot::CHUNK_TOKENS;
+use crate::slot::{CHUNK_TOKENS, SlotClass};
 
 use labels::OwnLabels;
 use path::Path;
@@ -544,14 +544,28 @@ impl Sequence {
         pages.clear();
         pages.resize(chunks.start, &[]);
         for chunk in chunks {
-            let page = if chunk < self.path.len() {
-                self.path.page(&self.board, layer, plane, class, chunk)?
-            } else {
-                self.open.page(class, plane, self.open.layout().slot_of(chunk))
-            };
-            pages.push(&page[own.clone()]);
+            pages.push(&self.whole_page(layer, plane, class, chunk)?[own.clone()]);
         }
         Ok(())
+    }
+
+    /// The own lanes' page of one chunk of a layer.
+    ///
+    /// # Errors
+    /// As [`Sequence::pages`].
+    pub(crate) fn page(&self, layer: usize, chunk: usize) -> Result<&[u8], SequenceError> {
+        let (class, plane) = (class_of(self.shape.layers[layer].kind), self.plane(layer));
+        let lane_bytes = CHUNK_TOKENS * plane.row_bytes as usize;
+        let part = self.part(layer).lanes;
+        Ok(&self.whole_page(layer, plane, class, chunk)?[part.start * lane_bytes..part.end * lane_bytes])
+    }
+
+    #[inline]
+    fn whole_page(&self, layer: usize, plane: &Plane, class: SlotClass, chunk: usize) -> Result<&[u8], SequenceError> {
+        if chunk < self.path.len() {
+            return self.path.page(&self.board, layer, plane, class, chunk);
+        }
+        Ok(self.open.page(class, plane, self.open.layout().slot_of(chunk)))
     }
 
     /// The file in which the rows of a chunk lie in full-attention layers, and the slot there.

@@ -415,9 +415,7 @@ impl LayerState<'_> {
             if self.progress.has(chunk, needed) {
                 continue;
             }
-            let mut pages = Vec::with_capacity(chunk + 1);
-            self.sequence.pages(self.layer, chunk..chunk + 1, &mut pages)?;
-            seat.write_tail(batch.stream(), self.own_layer, chunk, &pages[chunk..])?;
+            seat.write_tail(batch.stream(), self.own_layer, chunk, &[self.sequence.page(self.layer, chunk)?])?;
             let written = self.sequence.written(self.layer).saturating_sub(chunk * CHUNK_TOKENS);
             self.progress.note(chunk, written.min(CHUNK_TOKENS));
         }
@@ -426,14 +424,12 @@ impl LayerState<'_> {
 
     /// The query, and the row of its own token.
     fn set_input(&self, step: &mut HostStep, part: &LayerPart, query: &Query<'_>) -> Result<(), StepError> {
-        let chunk = query.position / CHUNK_TOKENS;
-        let mut pages = Vec::with_capacity(chunk + 1);
-        self.sequence.pages(self.layer, chunk..chunk + 1, &mut pages)?;
+        let page = self.sequence.page(self.layer, query.position / CHUNK_TOKENS)?;
         let (values, rows) = step.input(0);
         values.copy_from_slice(query.values);
         let row_bytes = part.geometry.row_bytes();
         for (lane, row) in rows.chunks_exact_mut(row_bytes).enumerate() {
-            row.copy_from_slice(&pages[chunk][part.geometry.row_offset(lane, query.position)..][..row_bytes]);
+            row.copy_from_slice(&page[part.geometry.row_offset(lane, query.position)..][..row_bytes]);
         }
         Ok(())
     }
