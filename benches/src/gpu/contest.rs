@@ -35,6 +35,18 @@ const TRACE_ROUNDS: usize = 48;
 /// Kernels of a layer, in their order.
 const PARTS: [&str; 4] = ["score", "select", "gather", "attend"];
 
+/// What the steps of a batch took, in milliseconds.
+#[derive(Default)]
+struct BatchTimes {
+    steps: Vec<f64>,
+    /// With a pass over the weights.
+    tokens: Vec<f64>,
+    gathers: Vec<f64>,
+    again: Vec<f64>,
+    misses: u64,
+    selected: u64,
+}
+
 /// Runs sections and gathers what they find.
 pub struct Contest<'a> {
     scene: &'a Scene<'a>,
@@ -118,7 +130,7 @@ impl<'a> Contest<'a> {
             }
             let batch = self.scene.resident(context)?;
             let layers = batch.layers();
-            let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_dense_layer(layer)))?;
+            let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_dense_layer(layer, 0..1)))?;
             let mut timer = Timer::new(batch.stream());
             let mut times = Vec::new();
             for round in 0..WARM_UP + self.rounds {
@@ -280,7 +292,7 @@ impl<'a> Contest<'a> {
         let sparse = SparsePlan { trace_rows: Some(trace.rows), ..self.sparse(denominator, pool, self.small()) };
         let mut batch = self.scene.sparse(&sparse)?;
         let (layers, lanes) = (batch.layers(), batch.shape().geometry.heads.lanes());
-        let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_layer(layer)))?;
+        let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_layer(layer, 0..batch.shape().slots)))?;
         let mut timer = Timer::new(batch.stream());
         let (mut times, mut hits) = (Vec::new(), vec![Hits::default(); trace.layers]);
         let steps = (TRACE_WARM_UP + self.rounds.max(TRACE_ROUNDS)).min(trace.steps);
@@ -311,48 +323,61 @@ impl<'a> Contest<'a> {
         Ok(())
     }
 
-    /// A step of everybody in one batch, beside what the link and the kernels alone would take.
+    /// A step of everybody in one batch, beside what the link and the kernels alone would take, and a whole token of everybody.
     fn batch(&mut self) -> Result<()> {
         let Some(trace) = self.trace else { return Ok(()) };
         let sequences = self.scene.host.places.len() * CHUNK_TOKENS / self.scene.context;
+        let probe = Probe::new(self.scene.gpu, self.scene.compiler)?;
+        let weights = DeviceBuffer::<u8>::zeroed(&self.scene.gpu.context, WEIGHT_BYTES)?;
         for (denominator, pool) in [(16, 3.0), (64, 4.0)] {
             let sparse = SparsePlan { trace_rows: Some(trace.rows), ..self.sparse(denominator, pool, self.small()) };
             let mut batch = self.scene.sparse_batch(&sparse, sequences)?;
-            let layers = batch.layers();
-            let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_layer(layer)))?;
+            let (layers, slots) = (batch.layers(), batch.shape().slots);
+            let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_layer(layer, 0..slots)))?;
             let mut timer = Timer::new(batch.stream());
-            let (mut times, mut again, mut misses, mut all) = (Vec::new(), Vec::new(), 0, 0);
-            for step in 0..(TRACE_WARM_UP + self.rounds).min(trace.steps) {
-                show_progress(&format!("batch of {sequences}, n/{denominator}"), step, TRACE_WARM_UP + self.rounds);
+            let mut found = BatchTimes::default();
+            for step in 0..(TRACE_WARM_UP + 3 * self.rounds).min(trace.steps) {
+                show_progress(&format!("batch of {sequences}, n/{denominator}"), step, TRACE_WARM_UP + 3 * self.rounds);
                 set_trace(&mut batch, trace, step)?;
-                for hot in [false, true] {
-                    let time = timed(&mut timer, || Ok(graph.launch()?))?;
-                    let counts = batch.take_counters()?;
-                    if step < TRACE_WARM_UP {
-                        continue;
+                // The steps take turns.
+                let (times, time) = match step % 3 {
+                    0 => (&mut found.steps, timed(&mut timer, || Ok(graph.launch()?))?),
+                    1 => {
+                        let token = || {
+                            graph.launch()?;
+                            Ok(probe.read(batch.stream(), &weights)?)
+                        };
+                        (&mut found.tokens, timed(&mut timer, token)?)
                     }
-                    // The same step again finds everything: what the kernels take without the link.
-                    if hot {
-                        again.push(time);
-                    } else {
-                        times.push(time);
-                        misses += counts.iter().map(|counts| counts[1]).sum::<u64>();
-                        all += counts.iter().map(|counts| counts[0] + counts[1]).sum::<u64>();
-                    }
+                    _ => (&mut found.gathers, gathers_alone(&batch, &mut timer)?),
+                };
+                let counts = batch.take_counters()?;
+                if step < TRACE_WARM_UP {
+                    continue;
                 }
+                times.push(time);
+                found.misses += counts.iter().map(|counts| counts[1]).sum::<u64>();
+                found.selected += counts.iter().map(|counts| counts[0] + counts[1]).sum::<u64>();
+                // The same step again finds everything: what the kernels take without the link.
+                found.again.push(timed(&mut timer, || Ok(graph.launch()?))?);
+                batch.take_counters()?;
             }
-            let missed_bytes = misses as f64 / times.len().max(1) as f64 * batch.shape().geometry.row_bytes() as f64;
-            let mut outcome = StepOutcome::new(
-                &format!("batch of {sequences}, trace, n/{denominator}, pool of {pool}k"),
-                &times,
-                Some(misses as f64 / all.max(1) as f64),
-                batch.bytes(),
-            );
-            outcome.link_ms = Some(missed_bytes / self.outcome.pinned_copy_gb_per_s / 1e6);
-            outcome.compute_ms = median(&again);
-            self.outcome.steps.push(outcome);
+            self.add_batch(&format!("batch of {sequences}, trace, n/{denominator}, pool of {pool}k"), &batch, &found);
         }
         Ok(())
+    }
+
+    fn add_batch(&mut self, name: &str, batch: &Batch, found: &BatchTimes) {
+        let steps = found.again.len().max(1) as f64;
+        let missed_bytes = found.misses as f64 / steps * batch.shape().geometry.row_bytes() as f64;
+        let miss_ratio = found.misses as f64 / found.selected.max(1) as f64;
+        let mut outcome = StepOutcome::new(name, &found.steps, Some(miss_ratio), batch.bytes());
+        outcome.link_ms = Some(missed_bytes / self.outcome.pinned_copy_gb_per_s / 1e6);
+        outcome.gather_ms = median(&found.gathers);
+        outcome.compute_ms = median(&found.again);
+        self.outcome.steps.push(outcome);
+        let token = StepOutcome::new(&format!("whole token: {name}, and weights"), &found.tokens, Some(miss_ratio), batch.bytes());
+        self.outcome.steps.push(token);
     }
 
     /// Attention and a pass over the weights of an 8B model in 16 bits, which a token needs besides.
@@ -361,7 +386,7 @@ impl<'a> Contest<'a> {
         let weights = DeviceBuffer::<u8>::zeroed(&self.scene.gpu.context, WEIGHT_BYTES)?;
         let dense = self.scene.resident(self.scene.context)?;
         let layers = dense.layers();
-        let graph = dense.capture(|| (0..layers).try_for_each(|layer| dense.enqueue_dense_layer(layer)))?;
+        let graph = dense.capture(|| (0..layers).try_for_each(|layer| dense.enqueue_dense_layer(layer, 0..1)))?;
         let mut timer = Timer::new(dense.stream());
         let mut times = Vec::new();
         for round in 0..WARM_UP + self.rounds {
@@ -379,7 +404,7 @@ impl<'a> Contest<'a> {
         for (denominator, pool) in [(16, 3.0), (64, 4.0)] {
             let sparse = SparsePlan { trace_rows: Some(trace.rows), ..self.sparse(denominator, pool, self.small()) };
             let mut batch = self.scene.sparse(&sparse)?;
-            let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_layer(layer)))?;
+            let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_layer(layer, 0..batch.shape().slots)))?;
             let mut timer = Timer::new(batch.stream());
             let mut times = Vec::new();
             for step in 0..(TRACE_WARM_UP + self.rounds).min(trace.steps) {
@@ -433,7 +458,7 @@ impl<'a> Contest<'a> {
     fn steps(&mut self, name: &str, sparse: &SparsePlan, cold: bool) -> Result<()> {
         let mut batch = self.scene.sparse(sparse)?;
         let layers = batch.layers();
-        let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_layer(layer)))?;
+        let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_layer(layer, 0..batch.shape().slots)))?;
         let mut timer = Timer::new(batch.stream());
         let (mut times, mut hits, mut misses) = (Vec::new(), 0, 0);
         for round in 0..WARM_UP + self.rounds {
@@ -466,6 +491,24 @@ fn set_trace(batch: &mut Batch, trace: &KeyTrace, step: usize) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Milliseconds of the gathers of all layers, each alone between events.
+fn gathers_alone(batch: &Batch, timer: &mut Timer) -> Result<f64> {
+    timer.mark()?;
+    for layer in 0..batch.layers() {
+        for part in 0..PARTS.len() {
+            if part == 2 {
+                timer.mark()?;
+            }
+            batch.enqueue_part(layer, part)?;
+            if part == 2 {
+                timer.mark()?;
+            }
+        }
+    }
+    // Between marks: what comes before a gather, the gather.
+    Ok(timer.take()?.iter().skip(1).step_by(2).sum())
 }
 
 /// Milliseconds of what `work` puts on the timer's stream.

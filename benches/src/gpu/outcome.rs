@@ -28,6 +28,8 @@ pub struct StepOutcome {
     pub offline_hit_rate_by_source: Vec<f64>,
     /// What the missing rows take at the speed of the pinned copy.
     pub link_ms: Option<f64>,
+    /// Median of their gathers alone, between events.
+    pub gather_ms: Option<f64>,
     /// The same steps when nothing is missing.
     pub compute_ms: Option<f64>,
     /// Device memory of the contestant, in bytes.
@@ -51,6 +53,7 @@ impl StepOutcome {
             hit_rate_by_source: Vec::new(),
             offline_hit_rate_by_source: Vec::new(),
             link_ms: None,
+            gather_ms: None,
             compute_ms: None,
             gpu_bytes: bytes.total(),
             bytes,
@@ -108,6 +111,7 @@ impl Outcome {
             let mut points: Vec<(f64, f64)> = self
                 .steps
                 .iter()
+                .filter(|step| !step.name.contains("batch of"))
                 .filter(|step| step.name.ends_with(of) || step.name.contains(&format!("{of},")))
                 .filter_map(|step| Some((100.0 * step.miss_ratio?, step.step_ms)))
                 .collect();
@@ -161,8 +165,11 @@ impl Outcome {
             println!("{}: hits {}, offline {}", step.name, rates(&step.hit_rate_by_source), rates(&step.offline_hit_rate_by_source));
         }
         for step in &self.steps {
-            if let (Some(link), Some(compute)) = (step.link_ms, step.compute_ms) {
-                println!("{}: missing rows alone {link:.3} ms, without misses {compute:.3} ms", step.name);
+            if let (Some(link), Some(gather), Some(compute)) = (step.link_ms, step.gather_ms, step.compute_ms) {
+                println!(
+                    "{}: missing rows {link:.3} ms by the pinned copy, {gather:.3} ms as gathers alone; without misses {compute:.3} ms",
+                    step.name
+                );
             }
         }
         let mut table = Table::new(["contestant", "part", "us a layer", "GB/s"]);

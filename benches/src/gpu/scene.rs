@@ -107,7 +107,7 @@ impl Scene<'_> {
             gather_blocks: room.gather_blocks,
             trace_rows,
         };
-        let mut batch = Batch::new(self.gpu, self.compiler, &shape, &layers)?;
+        let mut batch = Batch::new(self.gpu, self.compiler, &self.gpu.new_stream()?, &shape, &layers)?;
         for slot in 0..room.slots {
             let seat = Seat::new(self.gpu, batch.stream(), seat)?;
             batch.sit(slot, &Arc::new(seat))?;
@@ -159,7 +159,7 @@ impl Scene<'_> {
             let places = &self.host.places[slot * chunks..(slot + 1) * chunks];
             let pages: Vec<HostPage<'_>> = places[..horizon].iter().map(|&place| self.host.rows.host_page(place)).collect();
             for layer in 0..layers {
-                batch.make_labels(layer, slot, 0, &pages)?;
+                batch.make_labels(layer, batch.seat(slot).context("a seat")?, 0, &pages)?;
                 self.fetch_tail(&batch, slot, layer, horizon..chunks)?;
             }
             if let Some(seat) = batch.seat(slot) {

@@ -53,6 +53,16 @@ impl Hosts {
         self.sequences.get_mut(&lease)
     }
 
+    /// Hands out a sequence that a step works on, until it is put back.
+    pub(super) fn take(&mut self, lease: LeaseKey) -> Option<Sequence> {
+        self.sequences.remove(&lease)
+    }
+
+    /// Takes a sequence back.
+    pub(super) fn put(&mut self, lease: LeaseKey, sequence: Sequence) {
+        self.sequences.insert(lease, sequence);
+    }
+
     /// Lets go of sequences whose lease has ended, and of segments that no sequence can need.
     pub(super) fn sweep(&mut self) {
         self.sequences.retain(|&lease, sequence| !is_over(lease, sequence));

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 use prost::bytes::Bytes;
 use sluice_kernels::decoder::{Decoder, DeviceLimits, LaneRows, StepReport};
+use sluice_kernels::sequence::Sequence;
 use sluice_kernels::shape::ModelShape;
 use tokio::sync::{oneshot, watch};
 
@@ -20,6 +21,7 @@ use crate::engine::{EngineError, EngineHandle, EngineState};
 
 pub use error::DecodeError;
 use host::Hosts;
+use work::{Attending, Stored};
 
 /// How often sequences of ended leases are let go of.
 const SWEEP: Duration = Duration::from_millis(250);
@@ -218,9 +220,7 @@ impl DecodeThread {
                 if reply.is_closed() {
                     return;
                 }
-                let mut shape = None;
-                let results = batch.iter().map(|step| self.step(step, &mut shape)).collect();
-                let _ = reply.send(results);
+                let _ = reply.send(self.steps(&batch));
             }
             Work::Truncate(lease, position, reply) => {
                 let _ = reply.send(self.truncate(lease, position));
@@ -228,11 +228,51 @@ impl DecodeThread {
         }
     }
 
-    /// Performs a step; `batch` is the shape of the first sequence of its batch, which tells its model.
-    fn step(&mut self, step: &StepWork, batch: &mut Option<Arc<ModelShape>>) -> Result<StepDone, DecodeError> {
+    /// Performs the steps of a message: those of one layer together, but for those of one sequence, which follow one another.
+    fn steps(&mut self, batch: &[StepWork]) -> Vec<Result<StepDone, DecodeError>> {
+        let mut results = Vec::with_capacity(batch.len());
+        let mut shape = None;
+        while results.len() < batch.len() {
+            let rest = &batch[results.len()..];
+            let alike =
+                |index: usize| rest[index].layer == rest[0].layer && rest[..index].iter().all(|before| before.lease != rest[index].lease);
+            let together = (0..rest.len()).take_while(|&index| alike(index)).count();
+            results.extend(self.steps_together(&rest[..together], &mut shape));
+        }
+        results
+    }
+
+    /// Performs steps of one layer of different sequences; `batch` is the shape of the first sequence of the message, which tells its model.
+    fn steps_together(&mut self, steps: &[StepWork], batch: &mut Option<Arc<ModelShape>>) -> Vec<Result<StepDone, DecodeError>> {
         let begin = Instant::now();
+        let mut stored: Vec<Result<(Sequence, Stored), DecodeError>> = steps.iter().map(|step| self.store(step, batch)).collect();
+        let mut attending: Vec<Attending<'_>> = Vec::new();
+        for (step, stored) in steps.iter().zip(&mut stored) {
+            if let Ok((sequence, stored)) = stored {
+                attending.push(Attending { step, sequence, stored });
+            }
+        }
+        let layer = steps.first().map_or(0, |step| step.layer);
+        let mut attended = work::attend(&mut self.decoder, layer, &mut attending).into_iter();
+        let finish = |(step, stored): (&StepWork, Result<(Sequence, Stored), DecodeError>)| {
+            let (mut sequence, _) = stored?;
+            // Committed after the step, which has marked how the rows came to be: the engine may seal from here on.
+            let committed = sequence.commit() as u64;
+            self.hosts.put(step.lease, sequence);
+            // There is an answer for each that was stored.
+            let done = StepDone { committed, ..attended.next().unwrap_or_else(|| Ok(StepDone::default()))? };
+            if step.answer != Answer::Nothing {
+                self.count(&done.report, begin.elapsed());
+            }
+            Ok(done)
+        };
+        steps.iter().zip(stored).map(finish).collect()
+    }
+
+    /// Takes a step's sequence and stores the new rows.
+    fn store(&mut self, step: &StepWork, batch: &mut Option<Arc<ModelShape>>) -> Result<(Sequence, Stored), DecodeError> {
         if self.touched.get(&step.lease).is_none_or(|at| at.elapsed() > TOUCH) {
-            self.touched.insert(step.lease, begin);
+            self.touched.insert(step.lease, Instant::now());
             self.engine.touch(step.lease);
         }
         let sequence = self.hosts.sequence(step.lease)?;
@@ -241,11 +281,9 @@ impl DecodeThread {
             let bound = "sequences of one model";
             return Err(DecodeError::invalid("steps.lease.sequence_id", step.lease.sequence, bound));
         }
-        let done = work::perform(&mut self.decoder, sequence, step, self.message_bytes_max)?;
-        if step.answer != Answer::Nothing {
-            self.count(&done.report, begin.elapsed());
-        }
-        Ok(done)
+        let stored = work::store(sequence, step, self.message_bytes_max)?;
+        let sequence = self.hosts.take(step.lease).ok_or(EngineError::Unavailable("the sequence is gone"))?;
+        Ok((sequence, stored))
     }
 
     fn count(&self, report: &StepReport, elapsed: Duration) {

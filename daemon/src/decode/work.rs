@@ -1,6 +1,6 @@
-//! One step of one sequence: everything is checked before anything is stored.
+//! Steps of sequences: everything of a step is checked before anything of it is stored.
 
-use sluice_kernels::decoder::{Attend, Decoder, StepRequest};
+use sluice_kernels::decoder::{Attend, Decoder, StepReport, StepRequest};
 use sluice_kernels::rows::{first_non_finite, first_non_finite_value};
 use sluice_kernels::sequence::Sequence;
 use sluice_kernels::slot::CHUNK_TOKENS;
@@ -13,13 +13,15 @@ const QUERIES_MAX: usize = 4096;
 /// Bytes of a reply beside the rows of its steps.
 const REPLY_BYTES: usize = 1024;
 
-/// Stores the new rows, attends, commits.
-pub(super) fn perform(
-    decoder: &mut Decoder,
-    sequence: &mut Sequence,
-    step: &StepWork,
-    message_bytes_max: usize,
-) -> Result<StepDone, DecodeError> {
+/// A step whose rows are stored, and room for what it answers.
+pub(super) struct Stored {
+    queries: Vec<f32>,
+    output: Vec<f32>,
+    lse: Vec<f32>,
+}
+
+/// Checks a step and stores its new rows.
+pub(super) fn store(sequence: &mut Sequence, step: &StepWork, message_bytes_max: usize) -> Result<Stored, DecodeError> {
     let count = count_of(sequence, step)?;
     if step.answer == Answer::Rows {
         check_answer(sequence, step, message_bytes_max)?;
@@ -32,10 +34,43 @@ pub(super) fn perform(
             sequence.write_tokens(first, &step.token_ids)?;
         }
     }
-    let attended = attend(decoder, sequence, step, count, &queries);
-    // Committed after the step, which has marked how the rows came to be: the engine may seal from here on.
-    let committed = sequence.commit() as u64;
-    attended.map(|done| StepDone { committed, ..done })
+    let heads = sequence.part(step.layer).geometry.heads.query_heads();
+    let wanted = matches!(step.answer, Answer::Sparse | Answer::Dense);
+    let (values, heads) = if wanted { (queries.len(), count * heads) } else { (0, 0) };
+    Ok(Stored { queries, output: vec![0.0; values], lse: vec![0.0; heads] })
+}
+
+/// A stored step and its sequence.
+pub(super) struct Attending<'a> {
+    pub(super) step: &'a StepWork,
+    pub(super) sequence: &'a mut Sequence,
+    pub(super) stored: &'a mut Stored,
+}
+
+/// Attends steps of one layer together.
+pub(super) fn attend(decoder: &mut Decoder, layer: usize, together: &mut [Attending<'_>]) -> Vec<Result<StepDone, DecodeError>> {
+    let mut requests = Vec::new();
+    for Attending { step, sequence, stored } in together.iter_mut() {
+        let attend = if step.answer == Answer::Dense { Attend::Dense } else { Attend::Sparse };
+        let (first_position, Stored { queries, output, lse }) = (step.first_position as usize, &mut **stored);
+        if matches!(step.answer, Answer::Sparse | Answer::Dense) {
+            requests.push(StepRequest { sequence, first_position, queries, attend, output, lse });
+        }
+    }
+    let mut reports = decoder.step(layer, &mut requests).into_iter();
+    let answer = |Attending { step, sequence, stored }: &mut Attending<'_>| match step.answer {
+        Answer::Nothing => Ok(StepDone::default()),
+        Answer::Rows => {
+            let rows = decoder.rows(layer, sequence, step.first_position as usize, &stored.queries)?;
+            Ok(StepDone { rows, ..StepDone::default() })
+        }
+        Answer::Sparse | Answer::Dense => {
+            // There is a report for each request.
+            let report = reports.next().unwrap_or_else(|| Ok(StepReport::default()))?;
+            Ok(StepDone { output: le_bytes(&stored.output), log_sum_exp: le_bytes(&stored.lse), report, ..StepDone::default() })
+        }
+    };
+    together.iter_mut().map(answer).collect()
 }
 
 /// Refuses an answer in rows that no message could carry.
@@ -56,25 +91,6 @@ fn check_answer(sequence: &Sequence, step: &StepWork, message_bytes_max: usize) 
         return Err(DecodeError::invalid("rows of ANSWER_ROWS", format!("{bytes} bytes"), bound));
     }
     Ok(())
-}
-
-fn attend(decoder: &mut Decoder, sequence: &mut Sequence, step: &StepWork, count: usize, queries: &[f32]) -> Result<StepDone, DecodeError> {
-    let first_position = step.first_position as usize;
-    let mode = match step.answer {
-        Answer::Nothing => return Ok(StepDone::default()),
-        Answer::Rows => {
-            let rows = decoder.rows(step.layer, sequence, first_position, queries)?;
-            return Ok(StepDone { rows, ..StepDone::default() });
-        }
-        Answer::Sparse => Attend::Sparse,
-        Answer::Dense => Attend::Dense,
-    };
-    let heads = sequence.part(step.layer).geometry.heads.query_heads();
-    let mut output = vec![0.0; queries.len()];
-    let mut lse = vec![0.0; count * heads];
-    let mut request = StepRequest { sequence, first_position, queries, attend: mode, output: &mut output, lse: &mut lse };
-    let report = decoder.step_one(step.layer, &mut request)?;
-    Ok(StepDone { output: le_bytes(&output), log_sum_exp: le_bytes(&lse), report, ..StepDone::default() })
 }
 
 /// Tokens of a step: as told, or as many as there are rows.

@@ -7,6 +7,7 @@ mod fidelity;
 mod resident;
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
@@ -120,7 +121,7 @@ pub enum StepError {
     },
     /// The device refuses, or has failed.
     #[error(transparent)]
-    Device(Box<CudaError>),
+    Device(Arc<CudaError>),
     /// Selected rows exist for full-attention layers only.
     #[error("layer: {layer} is a sliding-window layer; rows are selected in full-attention layers only")]
     NotSelected {
@@ -131,7 +132,7 @@ pub enum StepError {
 
 impl From<CudaError> for StepError {
     fn from(error: CudaError) -> Self {
-        Self::Device(Box::new(error))
+        Self::Device(Arc::new(error))
     }
 }
 
@@ -167,6 +168,30 @@ struct Query<'a> {
     values: &'a [f32],
     output: &'a mut [f32],
     lse: &'a mut [f32],
+}
+
+/// One query token of one sequence.
+struct Item<'a> {
+    sequence: &'a mut Sequence,
+    part: &'a LayerPart,
+    plan: Plan,
+    query: Query<'a>,
+}
+
+impl<'a> Item<'a> {
+    /// Query `index` of a request, where it has so many.
+    fn of<'b: 'a>(request: &'a mut StepRequest<'b>, part: &'a LayerPart, index: usize) -> Option<Self> {
+        let heads = part.geometry.heads.query_heads();
+        let unit = heads * part.geometry.head_dim;
+        let query = Query {
+            position: request.first_position + index,
+            values: request.queries.chunks_exact(unit).nth(index)?,
+            output: &mut request.output[index * unit..(index + 1) * unit],
+            lse: &mut request.lse[index * heads..(index + 1) * heads],
+        };
+        let plan = plan(request.sequence, request.attend, query.position);
+        Some(Self { sequence: request.sequence, part, plan, query })
+    }
 }
 
 /// What one query token attends.
@@ -209,91 +234,115 @@ impl Decoder {
         self.device.name()
     }
 
-    /// Performs one layer of one step. Each request succeeds or is refused on its own.
-    pub fn step(&mut self, layer: usize, batch: &mut [StepRequest<'_>]) -> Vec<Result<StepReport, StepError>> {
-        batch.iter_mut().map(|request| self.step_one(layer, request)).collect()
-    }
-
     /// Performs one sequence's part of one layer of a step.
     ///
     /// # Errors
     /// Buffers, positions or values that do not fit; rows that cannot be reached.
     pub fn step_one(&mut self, layer: usize, request: &mut StepRequest<'_>) -> Result<StepReport, StepError> {
-        let part = check(layer, request)?;
-        let query_values = part.geometry.heads.query_heads() * part.geometry.head_dim;
-        let count = request.queries.len() / query_values;
-        request.sequence.open().start_step();
-        let result = match part.kind {
-            LaneKind::Window { tokens } => self.exact(layer, request, &part, Some(tokens as usize)),
-            LaneKind::Selected if request.attend == Attend::Dense && count > 1 => self.exact(layer, request, &part, None),
-            LaneKind::Selected => self.queries_one_by_one(layer, request, &part, query_values),
-        };
-        request.sequence.open().complete_step();
-        result
+        self.step(layer, std::slice::from_mut(request)).pop().unwrap_or(Ok(StepReport::default()))
     }
 
+    /// Performs one layer of one step. Each request succeeds or is refused on its own, and has the bits that it has alone. A device that keeps
+    /// sequences serves them together.
+    pub fn step(&mut self, layer: usize, batch: &mut [StepRequest<'_>]) -> Vec<Result<StepReport, StepError>> {
+        let parts: Vec<Result<LayerPart, StepError>> = batch.iter().map(|request| check(layer, request)).collect();
+        let mut results = Vec::with_capacity(batch.len());
+        for (request, part) in batch.iter_mut().zip(&parts) {
+            results.push(match part {
+                Err(_) => Ok(StepReport::default()),
+                Ok(part) => {
+                    request.sequence.open().start_step();
+                    self.exact_part(layer, request, part)
+                }
+            });
+        }
+        self.queries_one_by_one(layer, batch, &parts, &mut results);
+        for (request, part) in batch.iter().zip(&parts) {
+            if part.is_ok() {
+                request.sequence.open().complete_step();
+            }
+        }
+        parts.into_iter().zip(results).map(|(part, result)| part.and(result)).collect()
+    }
+
+    /// What of a request is attended exactly by all of its queries at once; nothing of others.
+    fn exact_part(&mut self, layer: usize, request: &mut StepRequest<'_>, part: &LayerPart) -> Result<StepReport, StepError> {
+        match part.kind {
+            LaneKind::Window { tokens } => self.exact(layer, request, part, Some(tokens as usize)),
+            LaneKind::Selected if !goes_one_by_one(request, part) => self.exact(layer, request, part, None),
+            LaneKind::Selected => Ok(StepReport::default()),
+        }
+    }
+
+    /// The first query of every sequence, then the second ones, and so on.
     fn queries_one_by_one(
         &mut self,
         layer: usize,
-        request: &mut StepRequest<'_>,
-        part: &LayerPart,
-        query_values: usize,
-    ) -> Result<StepReport, StepError> {
-        let heads = part.geometry.heads.query_heads();
-        let mut report = StepReport::default();
-        for (index, query) in request.queries.chunks_exact(query_values).enumerate() {
-            let mut query = Query {
-                position: request.first_position + index,
-                values: query,
-                output: &mut request.output[index * query_values..(index + 1) * query_values],
-                lse: &mut request.lse[index * heads..(index + 1) * heads],
-            };
-            let plan = plan(request.sequence, request.attend, query.position);
-            if plan.count > 0 {
-                request.sequence.mark_fidelity(query.position);
+        batch: &mut [StepRequest<'_>],
+        parts: &[Result<LayerPart, StepError>],
+        results: &mut [Result<StepReport, StepError>],
+    ) {
+        for index in 0.. {
+            let mut items = Vec::new();
+            for (number, (request, part)) in batch.iter_mut().zip(parts).enumerate() {
+                if let (Ok(part), Ok(_)) = (part, &results[number])
+                    && goes_one_by_one(request, part)
+                    && let Some(item) = Item::of(request, part, index)
+                {
+                    items.push((number, item));
+                }
             }
-            if let Some(resident) = &mut self.resident
-                && let Some(done) = resident.attend(layer, request.sequence, part, &plan, &mut query)?
-            {
-                report += done;
-                continue;
+            if items.is_empty() {
+                return;
             }
-            report += if plan.count == 0 && self.resident.is_some() && resident::streams(request.sequence, query.position) {
-                self.stream(layer, request.sequence, part, query)?
-            } else if plan.count == 0 {
-                self.attend_from(layer, request.sequence, part, plan.exact_from, query)?
-            } else {
-                self.attend_selected(layer, request.sequence, part, &plan, query)?
-            };
+            let (numbers, mut items): (Vec<usize>, Vec<Item<'_>>) = items.into_iter().unzip();
+            for (number, done) in numbers.into_iter().zip(self.one_query_each(layer, &mut items)) {
+                match (&mut results[number], done) {
+                    (Ok(report), Ok(done)) => *report += done,
+                    (result, Err(error)) => *result = Err(error),
+                    (Err(_), Ok(_)) => {}
+                }
+            }
         }
-        Ok(report)
     }
 
-    fn attend_selected(
-        &mut self,
-        layer: usize,
-        sequence: &mut Sequence,
-        part: &LayerPart,
-        plan: &Plan,
-        query: Query<'_>,
-    ) -> Result<StepReport, StepError> {
-        let chunks = plan.horizon / CHUNK_TOKENS;
-        sequence.ensure_labels(layer, chunks, self.device.as_mut());
-        let mut pool = sequence.take_hot_pool(layer);
-        let result = self.select_and_attend(layer, sequence, part, plan, query, pool.as_mut());
-        sequence.put_hot_pool(layer, pool);
+    fn one_query_each(&mut self, layer: usize, items: &mut [Item<'_>]) -> Vec<Result<StepReport, StepError>> {
+        for item in items.iter_mut().filter(|item| item.plan.count > 0) {
+            item.sequence.mark_fidelity(item.query.position);
+        }
+        let resident = match &mut self.resident {
+            Some(resident) => resident.attend(layer, items),
+            None => items.iter().map(|_| Ok(None)).collect(),
+        };
+        let rest = |(item, done): (&mut Item<'_>, Result<Option<StepReport>, StepError>)| match done? {
+            Some(report) => Ok(report),
+            None => self.one_query(layer, item),
+        };
+        items.iter_mut().zip(resident).map(rest).collect()
+    }
+
+    /// One query of a sequence that no device keeps.
+    fn one_query(&mut self, layer: usize, item: &mut Item<'_>) -> Result<StepReport, StepError> {
+        if item.plan.count > 0 {
+            self.attend_selected(layer, item)
+        } else if self.resident.is_some() && resident::streams(item.sequence, item.query.position) {
+            self.stream(layer, item)
+        } else {
+            self.attend_from(layer, item.sequence, item.part, item.plan.exact_from, &mut item.query)
+        }
+    }
+
+    fn attend_selected(&mut self, layer: usize, item: &mut Item<'_>) -> Result<StepReport, StepError> {
+        let chunks = item.plan.horizon / CHUNK_TOKENS;
+        item.sequence.ensure_labels(layer, chunks, self.device.as_mut());
+        let mut pool = item.sequence.take_hot_pool(layer);
+        let result = self.select_and_attend(layer, item, pool.as_mut());
+        item.sequence.put_hot_pool(layer, pool);
         result
     }
 
-    fn select_and_attend(
-        &mut self,
-        layer: usize,
-        sequence: &Sequence,
-        part: &LayerPart,
-        plan: &Plan,
-        query: Query<'_>,
-        pool: Option<&mut HotPool>,
-    ) -> Result<StepReport, StepError> {
+    fn select_and_attend(&mut self, layer: usize, item: &mut Item<'_>, pool: Option<&mut HotPool>) -> Result<StepReport, StepError> {
+        let Item { sequence, part, plan, query } = item;
         let chunks = plan.horizon / CHUNK_TOKENS;
         let mut labels = Vec::with_capacity(chunks);
         let Some(coder) = sequence.labels(layer, chunks, &mut labels)? else {
@@ -325,14 +374,14 @@ impl Decoder {
     }
 
     /// All rows from the slots: the fused verb.
-    fn step_cold(&mut self, job: &StepJob<'_>, query: Query<'_>) -> StepReport {
+    fn step_cold(&mut self, job: &StepJob<'_>, query: &mut Query<'_>) -> StepReport {
         let result = StepResult { positions: &mut self.positions, output: query.output, lse: query.lse };
         let times = self.device.step(job, result);
         StepReport { score: times.score, select: times.select, attend: times.attend, ..StepReport::default() }
     }
 
     /// Rows from the hot pool where it has them: the verbs one after the other.
-    fn step_hot(&mut self, job: &StepJob<'_>, query: Query<'_>, pool: &mut HotPool) -> StepReport {
+    fn step_hot(&mut self, job: &StepJob<'_>, query: &mut Query<'_>, pool: &mut HotPool) -> StepReport {
         let lanes = job.geometry.heads.lanes();
         let rows = job.horizon();
         let begin = Instant::now();
@@ -371,7 +420,7 @@ impl Decoder {
         sequence: &Sequence,
         part: &LayerPart,
         first: usize,
-        query: Query<'_>,
+        query: &mut Query<'_>,
     ) -> Result<StepReport, StepError> {
         let exact_to = query.position + 1;
         let mut pages = Vec::with_capacity(exact_to.div_ceil(CHUNK_TOKENS));
@@ -393,7 +442,8 @@ impl Decoder {
     }
 
     /// One query over every row up to its own, on a device that they stream past.
-    fn stream(&mut self, layer: usize, sequence: &mut Sequence, part: &LayerPart, query: Query<'_>) -> Result<StepReport, StepError> {
+    fn stream(&mut self, layer: usize, item: &mut Item<'_>) -> Result<StepReport, StepError> {
+        let Item { sequence, part, query, .. } = item;
         let (first_position, queries, attend) = (query.position, query.values, Attend::Dense);
         let mut request = StepRequest { sequence, first_position, queries, attend, output: query.output, lse: query.lse };
         self.many(layer, &mut request, part, None)
@@ -410,8 +460,8 @@ impl Decoder {
         let Range { start, end } = attended(request, part, window);
         if end == request.first_position + 1 {
             let position = request.first_position;
-            let query = Query { position, values: request.queries, output: request.output, lse: request.lse };
-            return self.attend_from(layer, request.sequence, part, start, query);
+            let mut query = Query { position, values: request.queries, output: request.output, lse: request.lse };
+            return self.attend_from(layer, request.sequence, part, start, &mut query);
         }
         self.many(layer, request, part, window)
     }
@@ -471,6 +521,12 @@ impl Decoder {
         });
         Ok(lanes.collect())
     }
+}
+
+/// Whether a request's queries select rows each for itself, or are one that attends all.
+fn goes_one_by_one(request: &StepRequest<'_>, part: &LayerPart) -> bool {
+    let count = request.queries.len() / (part.geometry.heads.query_heads() * part.geometry.head_dim);
+    part.kind == LaneKind::Selected && (request.attend == Attend::Sparse || count == 1)
 }
 
 /// Rows that the query tokens of a request attend, all together.

@@ -82,9 +82,9 @@ impl Hosted {
     /// A batch of one slot over this host memory.
     fn batch(&self, gpu: &Gpu, compiler: &Compiler, shape: &BatchShape) -> Batch {
         let host = HostPart::whole(0, self.layer.geometry.page_bytes() as u64);
-        let mut batch =
-            Batch::new(gpu, compiler, shape, &[BatchLayer { coder: &self.coder, scales: self.layer.geometry.scales.clone(), host }])
-                .expect("a batch");
+        let layer = BatchLayer { coder: &self.coder, scales: self.layer.geometry.scales.clone(), host };
+        let stream = gpu.new_stream().expect("a stream");
+        let mut batch = Batch::new(gpu, compiler, &stream, shape, &[layer]).expect("a batch");
         batch.set_host(&self.host).expect("planes");
         batch
     }
@@ -105,7 +105,7 @@ impl Hosted {
         seat.set_host_places(batch.stream(), 0, &self.places).expect("places");
         batch.sit(0, &seat).expect("seated");
         let horizon = settings.horizon(length) / 256;
-        batch.make_labels(0, 0, 0, &self.host_pages(0..horizon)).expect("labels");
+        batch.make_labels(0, &seat, 0, &self.host_pages(0..horizon)).expect("labels");
         self.fetch_tail(&batch, horizon..length.div_ceil(256));
         if shape.0.kept == Kept::Everything {
             for (chunk, page) in self.layer.pages[..horizon].iter().enumerate() {
@@ -149,7 +149,7 @@ fn step(batch: &mut Batch, query: &[f32], newest: &[u8]) -> (Vec<f32>, Vec<f32>)
     batch.set_queries(0, query).expect("queries");
     batch.set_new_rows(0, newest).expect("newest rows");
     batch.send_states().expect("states");
-    batch.enqueue_layer(0).expect("a step");
+    batch.enqueue_layer(0, 0..batch.shape().slots).expect("a step");
     batch.outputs(0).expect("outputs")
 }
 
@@ -236,7 +236,8 @@ fn nothing_hot_changes_a_bit(gpu: &Gpu, compiler: &Compiler, shape: Shape) {
     let kept = [Kept::Everything, Kept::Pool(count), Kept::Pool(2 * count), Kept::Pool(5000)];
     let mut batches: Vec<Batch> =
         kept.iter().map(|&kept| hosted.seated(gpu, compiler, &hosted.shape(kept, count), 5100, &settings)).collect();
-    let graphs: Vec<_> = batches.iter().map(|batch| batch.capture(|| batch.enqueue_layer(0)).expect("a graph")).collect();
+    let graphs: Vec<_> =
+        batches.iter().map(|batch| batch.capture(|| batch.enqueue_layer(0, 0..batch.shape().slots)).expect("a graph")).collect();
     let mut rng = StdRng::seed_from_u64(3);
     let mut query = hosted.layer.queries(1);
     let mut all_hits = 0;

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use cudarc::driver::CudaStream;
+
 use super::limits::{Charge, Ledger};
 use crate::device::LayerGeometry;
 use crate::device::cuda::batch::{Batch, BatchLayer, BatchShape, GATHER_BLOCKS};
@@ -24,9 +26,13 @@ pub(super) struct GroupKey {
     pub(super) host: Vec<HostPart>,
 }
 
+/// Sequences that one launch serves at most; larger batches take several.
+const MOST_SLOTS: usize = 8;
+
 /// What the steps of a group have room for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Room {
+    pub(super) slots: usize,
     pub(super) tokens: usize,
     pub(super) count: usize,
     pub(super) entries: usize,
@@ -34,15 +40,20 @@ pub(super) struct Room {
 
 impl Room {
     fn holds(&self, other: &Self) -> bool {
-        self.tokens >= other.tokens && self.count >= other.count && self.entries >= other.entries
+        self.slots >= other.slots && self.tokens >= other.tokens && self.count >= other.count && self.entries >= other.entries
     }
 
     fn with(&self, other: &Self) -> Self {
-        Self { tokens: self.tokens.max(other.tokens), count: self.count.max(other.count), entries: self.entries.max(other.entries) }
+        Self {
+            slots: self.slots.max(other.slots),
+            tokens: self.tokens.max(other.tokens),
+            count: self.count.max(other.count),
+            entries: self.entries.max(other.entries),
+        }
     }
 }
 
-/// A group and its batch of one slot.
+/// A group and its batch.
 pub(super) struct Group {
     pub(super) key: GroupKey,
     pub(super) step: HostStep,
@@ -51,12 +62,19 @@ pub(super) struct Group {
 }
 
 impl Group {
-    pub(super) fn new(gpu: &Gpu, compiler: &Compiler, ledger: &Arc<Ledger>, key: GroupKey, room: Room) -> Result<Self, CudaError> {
+    pub(super) fn new(
+        gpu: &Gpu,
+        compiler: &Compiler,
+        stream: &Arc<CudaStream>,
+        ledger: &Arc<Ledger>,
+        key: GroupKey,
+        room: Room,
+    ) -> Result<Self, CudaError> {
         let plan = key.coders.first().map(|coder| coder.plan.clone()).ok_or(CudaError::NoHostRows)?;
         let shape = BatchShape {
             geometry: key.geometry.clone(),
             plan,
-            slots: 1,
+            slots: room.slots,
             max_tokens: room.tokens,
             max_count: room.count,
             max_entries: room.entries,
@@ -66,25 +84,67 @@ impl Group {
         let layers: Vec<BatchLayer<'_>> = (0..key.coders.len())
             .map(|layer| BatchLayer { coder: &key.coders[layer], scales: key.scales[layer].clone(), host: key.host[layer].clone() })
             .collect();
-        let batch = Batch::new(gpu, compiler, &shape, &layers)?;
+        let batch = Batch::new(gpu, compiler, stream, &shape, &layers)?;
         let charge = ledger.charge(DeviceBytes { workspace: batch.own_bytes(), ..DeviceBytes::default() })?;
         Ok(Self { step: HostStep::new(gpu, batch)?, key, room, _charge: charge })
     }
 
-    /// Makes room for more. Between steps.
-    pub(super) fn fit(&mut self, gpu: &Gpu, compiler: &Compiler, ledger: &Arc<Ledger>, room: Room) -> Result<(), CudaError> {
+    /// Makes room for more. Between steps; what there is stays as it is where that fails.
+    pub(super) fn fit(
+        &mut self,
+        gpu: &Gpu,
+        compiler: &Compiler,
+        stream: &Arc<CudaStream>,
+        ledger: &Arc<Ledger>,
+        room: Room,
+    ) -> Result<(), CudaError> {
         if !self.room.holds(&room) {
-            *self = Self::new(gpu, compiler, ledger, self.key.clone(), self.room.with(&room))?;
+            *self = Self::new(gpu, compiler, stream, ledger, self.key.clone(), self.room.with(&room))?;
         }
         Ok(())
     }
 
-    /// Seats a sequence whose rows lie in `files`. Between steps; nothing happens where it sits already.
-    pub(super) fn seat(&mut self, seat: &Arc<Seat>, files: &[(usize, Arc<HostSegment>)]) -> Result<(), CudaError> {
+    /// Sequences that a launch can serve.
+    pub(super) fn slots(&self) -> usize {
+        self.room.slots
+    }
+
+    /// Room for `sequences` at once, up to a bound.
+    pub(super) fn room_for(&self, sequences: usize) -> Room {
+        Room { slots: sequences.next_power_of_two().min(MOST_SLOTS), ..self.room }
+    }
+
+    /// Seats sequences, as many as there are slots at most; answers with the slot of each, which together are consecutive. Those who sit well
+    /// stay. Between steps.
+    pub(super) fn seat_all(&mut self, seats: &[&Arc<Seat>]) -> Result<Vec<usize>, CudaError> {
         let batch = self.step.batch_mut();
-        if !batch.seat(0).is_some_and(|sitting| Arc::ptr_eq(sitting, seat)) {
-            batch.sit(0, seat)?;
+        let slots = batch.shape().slots;
+        let slot_of =
+            |batch: &Batch, seat: &Arc<Seat>| (0..slots).find(|&slot| batch.seat(slot).is_some_and(|held| Arc::ptr_eq(held, seat)));
+        let allowed = match seats {
+            // One alone sits anywhere.
+            [_] => 0..slots,
+            _ => 0..seats.len(),
+        };
+        let mut found: Vec<Option<usize>> = seats.iter().map(|seat| slot_of(batch, seat).filter(|slot| allowed.contains(slot))).collect();
+        for (index, seat) in seats.iter().enumerate() {
+            if found[index].is_some() {
+                continue;
+            }
+            if let Some(elsewhere) = slot_of(batch, seat) {
+                batch.leave(elsewhere);
+            }
+            let mut free = allowed.clone().filter(|slot| !found.contains(&Some(*slot)));
+            let slot = free.clone().find(|&slot| batch.seat(slot).is_none()).or_else(|| free.next()).ok_or(CudaError::NothingCaptured)?;
+            batch.sit(slot, seat)?;
+            found[index] = Some(slot);
         }
+        Ok(found.into_iter().flatten().collect())
+    }
+
+    /// Learns of the files that rows lie in. Between steps.
+    pub(super) fn know(&mut self, files: &[(usize, Arc<HostSegment>)]) -> Result<(), CudaError> {
+        let batch = self.step.batch_mut();
         for (number, file) in files {
             if !batch.segment(*number).is_some_and(|known| Arc::ptr_eq(known, file)) {
                 batch.set_segment(*number, file)?;
@@ -93,11 +153,13 @@ impl Group {
         Ok(())
     }
 
-    /// Lets go of a seat whose sequence has gone.
+    /// Lets go of seats whose sequences have gone.
     pub(super) fn sweep(&mut self) {
         let batch = self.step.batch_mut();
-        if batch.seat(0).is_some_and(|seat| Arc::strong_count(seat) == 1) {
-            batch.leave(0);
+        for slot in 0..batch.shape().slots {
+            if batch.seat(slot).is_some_and(|seat| Arc::strong_count(seat) == 1) {
+                batch.leave(slot);
+            }
         }
     }
 }

@@ -6,21 +6,23 @@
 
 mod files;
 mod group;
+mod layer;
 mod limits;
 mod state;
+mod step;
 
 use std::sync::Arc;
-use std::time::Instant;
 
-use super::{Plan, Query, StepError, StepReport};
+use cudarc::driver::CudaStream;
+
+use super::StepError;
 use crate::budget::Budget;
 use crate::device::cuda::compile::Compiler;
-use crate::device::cuda::host::{HostFile, HostPage, HostPart, HostSegment};
-use crate::device::cuda::host_step::{HostStep, LayerWork};
+use crate::device::cuda::host::{HostFile, HostPart};
 use crate::device::cuda::jobs::COLD;
 use crate::device::cuda::seat::{DeviceBytes, Kept, Seat, SeatShape};
 use crate::device::cuda::{CudaError, Doing, Gpu};
-use crate::sequence::{LayerPart, Sequence};
+use crate::sequence::Sequence;
 use crate::slot::{CHUNK_TOKENS, SlotClass};
 use files::Files;
 use group::{Group, GroupKey, Room};
@@ -44,10 +46,12 @@ pub(super) struct ResidentDecoder {
     limits: DeviceLimits,
     /// From the first use on.
     ledger: Option<Arc<Ledger>>,
+    /// What all groups and seats do on the device, in order.
+    stream: Option<Arc<CudaStream>>,
     files: Files,
     groups: Vec<Group>,
-    /// The group of the last step that selected.
-    last: Option<usize>,
+    /// Group and slot of the last step that selected.
+    last: Option<(usize, usize)>,
 }
 
 /// What a sequence's state has room for.
@@ -81,7 +85,7 @@ impl Size {
 impl ResidentDecoder {
     pub(super) fn new(gpu: Gpu, compiler: Arc<Compiler>) -> Self {
         let (files, groups) = (Files::default(), Vec::new());
-        Self { gpu, compiler, limits: DeviceLimits::default(), ledger: None, files, groups, last: None }
+        Self { gpu, compiler, limits: DeviceLimits::default(), ledger: None, stream: None, files, groups, last: None }
     }
 
     pub(super) fn set_limits(&mut self, limits: DeviceLimits) {
@@ -103,79 +107,6 @@ impl ResidentDecoder {
                 self.groups.iter_mut().for_each(|group| group.step.batch_mut().forget_segment(number));
             }
         }
-    }
-
-    /// Positions that the last step selected, `[own lane][count]`.
-    pub(super) fn positions(&self) -> Result<Vec<u32>, CudaError> {
-        let Some(group) = self.last.and_then(|group| self.groups.get(group)) else { return Ok(Vec::new()) };
-        group.step.batch().positions(0)
-    }
-
-    /// One layer of a step of one query, if the device can hold what that needs; `None` otherwise.
-    pub(super) fn attend(
-        &mut self,
-        layer: usize,
-        sequence: &mut Sequence,
-        part: &LayerPart,
-        plan: &Plan,
-        query: &mut Query<'_>,
-    ) -> Result<Option<StepReport>, StepError> {
-        if !sequence.is_calibrated() || (plan.count == 0 && streams(sequence, query.position)) {
-            return Ok(None);
-        }
-        let begin = Instant::now();
-        let Some(mut resident) = self.state(sequence, query.position + 1)? else { return Ok(None) };
-        // State that a failed call may have left half-way is dropped.
-        let hits = self.attend_with(&mut resident, layer, sequence, part, plan, query)?;
-        sequence.put_resident(resident);
-        let lanes = part.geometry.heads.lanes();
-        let exact_rows = query.position + 1 - if plan.count == 0 { 0 } else { plan.horizon };
-        let label_bytes = sequence.coder(layer).map_or(0, |coder| coder.plan.label_bytes());
-        Ok(Some(StepReport {
-            selected_rows: (lanes * plan.count) as u64,
-            hot_rows: hits,
-            row_bytes: (lanes * (plan.count + exact_rows) * part.geometry.row_bytes()) as u64,
-            label_bytes: if plan.count == 0 { 0 } else { (lanes * plan.horizon * label_bytes) as u64 },
-            fused: begin.elapsed(),
-            ..StepReport::default()
-        }))
-    }
-
-    /// Answers with the selected rows that were hot.
-    fn attend_with(
-        &mut self,
-        resident: &mut Resident,
-        layer: usize,
-        sequence: &Sequence,
-        part: &LayerPart,
-        plan: &Plan,
-        query: &mut Query<'_>,
-    ) -> Result<u64, StepError> {
-        let before_horizon = if plan.count > 0 { plan.horizon / CHUNK_TOKENS } else { 0 };
-        self.follow(resident, sequence, before_horizon)?;
-        let Some((part_index, own_layer)) = resident.part_of_layer[layer] else { return Err(StepError::NotSelected { layer }) };
-        let of_part = &mut resident.parts[part_index];
-        let group = &mut self.groups[of_part.group];
-        group.seat(&of_part.seat, &resident.files)?;
-        let mut state = LayerState { layer, own_layer, sequence, progress: &mut of_part.layers[own_layer] };
-        state.take_up_labels(group, &resident.places[..before_horizon], &resident.files)?;
-        state.take_up_rows(group, before_horizon, query.position)?;
-        state.set_input(&mut group.step, part, query)?;
-        let length = query.position + 1;
-        let work = if plan.count > 0 {
-            group.step.batch_mut().set_length(0, length, &sequence.settings(), None)?;
-            self.last = Some(of_part.group);
-            LayerWork::Sparse
-        } else {
-            group.step.batch_mut().set_dense_length(0, length)?;
-            LayerWork::Exact
-        };
-        group.step.perform(own_layer, work)?;
-        state.progress.note(query.position / CHUNK_TOKENS, query.position % CHUNK_TOKENS + 1);
-        let result = group.step.result(0);
-        query.output.copy_from_slice(result.output);
-        query.lse.copy_from_slice(result.lse);
-        Ok(result.hits)
     }
 
     /// The sequence's state, made or made larger where it has to be; `None` where the device cannot have one.
@@ -235,8 +166,15 @@ impl ResidentDecoder {
         Ok(ledger)
     }
 
+    fn stream(&mut self) -> Result<Arc<CudaStream>, CudaError> {
+        if self.stream.is_none() {
+            self.stream = Some(self.gpu.new_stream()?);
+        }
+        self.stream.clone().ok_or(CudaError::NothingCaptured)
+    }
+
     fn new_state(&mut self, sequence: &Sequence, size: &Size) -> Result<Box<Resident>, CudaError> {
-        let ledger = self.ledger()?;
+        let (ledger, stream) = (self.ledger()?, self.stream()?);
         let mut part_of_layer = vec![None; sequence.shape().layers.len()];
         let mut parts = Vec::new();
         for (key, layers) in keys_of(sequence) {
@@ -250,8 +188,8 @@ impl ResidentDecoder {
             };
             let charge = ledger.charge(shape.bytes())?;
             let entries = size.max_count + size.tail_chunks * CHUNK_TOKENS;
-            let group = self.group(&ledger, key, Room { tokens: size.capacity, count: size.max_count, entries })?;
-            let seat = Arc::new(Seat::new(&self.gpu, self.groups[group].step.batch().stream(), &shape)?);
+            let group = self.group(&ledger, key, Room { slots: 1, tokens: size.capacity, count: size.max_count, entries })?;
+            let seat = Arc::new(Seat::new(&self.gpu, &stream, &shape)?);
             layers.iter().enumerate().for_each(|(own, &layer)| part_of_layer[layer] = Some((parts.len(), own)));
             let progress = Progress { labelled: 0, tail: vec![TailPage::default(); size.tail_chunks] };
             parts.push(ResidentPart { group, seat, layers: vec![progress; layers.len()], _charge: charge });
@@ -271,26 +209,27 @@ impl ResidentDecoder {
 
     /// The group of a shape, with room for more.
     fn group(&mut self, ledger: &Arc<Ledger>, key: GroupKey, room: Room) -> Result<usize, CudaError> {
+        let stream = self.stream()?;
         if let Some(index) = self.groups.iter().position(|group| group.key == key) {
-            self.groups[index].fit(&self.gpu, &self.compiler, ledger, room)?;
+            self.groups[index].fit(&self.gpu, &self.compiler, &stream, ledger, room)?;
             return Ok(index);
         }
-        self.groups.push(Group::new(&self.gpu, &self.compiler, ledger, key, room)?);
+        self.groups.push(Group::new(&self.gpu, &self.compiler, &stream, ledger, key, room)?);
         Ok(self.groups.len() - 1)
     }
 
     /// What a larger state of the same sequence can take from the one it replaces: labels and the newest rows.
-    fn take_over(&self, made: &mut Resident, held: &Resident) -> Result<(), CudaError> {
+    fn take_over(&mut self, made: &mut Resident, held: &Resident) -> Result<(), CudaError> {
+        let stream = self.stream()?;
         if !made.parts.iter().map(|part| part.group).eq(held.parts.iter().map(|part| part.group)) {
             return Ok(());
         }
         for (to, from) in made.parts.iter_mut().zip(&held.parts) {
-            let stream = self.groups[to.group].step.batch().stream();
             let labelled = from.layers.iter().map(|layer| layer.labelled).max().unwrap_or(0);
-            to.seat.take_over_labels(stream, &from.seat, labelled)?;
+            to.seat.take_over_labels(&stream, &from.seat, labelled)?;
             to.layers.iter_mut().zip(&from.layers).for_each(|(to, from)| to.labelled = from.labelled);
             if made.tail_chunks == held.tail_chunks {
-                to.seat.take_over_tail(stream, &from.seat)?;
+                to.seat.take_over_tail(&stream, &from.seat)?;
                 to.layers.iter_mut().zip(&from.layers).for_each(|(to, from)| to.tail.clone_from(&from.tail));
             }
         }
@@ -299,9 +238,10 @@ impl ResidentDecoder {
 
     /// Takes up where the first `chunks` chunks lie on the host, and forgets hot rows of positions that were written anew.
     fn follow(&mut self, resident: &mut Resident, sequence: &Sequence, chunks: usize) -> Result<(), StepError> {
+        let stream = self.stream()?;
         if resident.hot_stale {
             for part in &resident.parts {
-                part.seat.forget_hot_rows(self.groups[part.group].step.batch().stream())?;
+                part.seat.forget_hot_rows(&stream)?;
             }
             resident.hot_stale = false;
         }
@@ -319,7 +259,7 @@ impl ResidentDecoder {
         }
         resident.sealed = sealed;
         for part in &resident.parts {
-            part.seat.set_host_places(self.groups[part.group].step.batch().stream(), first, &resident.places[first..])?;
+            part.seat.set_host_places(&stream, first, &resident.places[first..])?;
         }
         Ok(())
     }
@@ -372,65 +312,4 @@ fn keys_of(sequence: &Sequence) -> Vec<(GroupKey, Vec<usize>)> {
         layers.push(layer);
     }
     keys
-}
-
-/// One layer of a sequence, and what the device has of it.
-struct LayerState<'a> {
-    /// Layer of the model.
-    layer: usize,
-    /// Layer in its group.
-    own_layer: usize,
-    sequence: &'a Sequence,
-    progress: &'a mut Progress,
-}
-
-impl LayerState<'_> {
-    /// Brings labels of chunks to the device: the daemon's where they are mapped, others from their rows.
-    fn take_up_labels(&mut self, group: &Group, places: &[u32], files: &[(usize, Arc<HostSegment>)]) -> Result<(), CudaError> {
-        let (batch, mut first) = (group.step.batch(), self.progress.labelled);
-        let Some(seat) = batch.seat(0) else { return Ok(()) };
-        let made: Vec<&[u8]> = (first..places.len()).map_while(|chunk| self.sequence.label_page(self.layer, chunk)).collect();
-        if !made.is_empty() {
-            seat.write_labels(batch.stream(), self.own_layer, first, &made)?;
-            first += made.len();
-        }
-        if first < places.len() {
-            let page = |&place: &u32| {
-                let (_, segment) = files.iter().find(|(number, _)| *number == (place >> 16) as usize).ok_or(CudaError::NoHostRows)?;
-                Ok(HostPage { segment, slot: place & 0xFFFF })
-            };
-            let pages = places[first..].iter().map(page).collect::<Result<Vec<HostPage<'_>>, CudaError>>()?;
-            batch.make_labels(self.own_layer, 0, first, &pages)?;
-        }
-        self.progress.labelled = self.progress.labelled.max(places.len());
-        Ok(())
-    }
-
-    /// Brings the rows of chunks from `first` on up to `position` to the device, as far as they are not there.
-    fn take_up_rows(&mut self, group: &Group, first: usize, position: usize) -> Result<(), StepError> {
-        let batch = group.step.batch();
-        let Some(seat) = batch.seat(0) else { return Ok(()) };
-        for chunk in first..=position / CHUNK_TOKENS {
-            let needed = (position - chunk * CHUNK_TOKENS).min(CHUNK_TOKENS);
-            if self.progress.has(chunk, needed) {
-                continue;
-            }
-            seat.write_tail(batch.stream(), self.own_layer, chunk, &[self.sequence.page(self.layer, chunk)?])?;
-            let written = self.sequence.written(self.layer).saturating_sub(chunk * CHUNK_TOKENS);
-            self.progress.note(chunk, written.min(CHUNK_TOKENS));
-        }
-        Ok(())
-    }
-
-    /// The query, and the row of its own token.
-    fn set_input(&self, step: &mut HostStep, part: &LayerPart, query: &Query<'_>) -> Result<(), StepError> {
-        let page = self.sequence.page(self.layer, query.position / CHUNK_TOKENS)?;
-        let (values, rows) = step.input(0);
-        values.copy_from_slice(query.values);
-        let row_bytes = part.geometry.row_bytes();
-        for (lane, row) in rows.chunks_exact_mut(row_bytes).enumerate() {
-            row.copy_from_slice(&page[part.geometry.row_offset(lane, query.position)..][..row_bytes]);
-        }
-        Ok(())
-    }
 }

@@ -4,6 +4,7 @@
 //! step allocates nothing and waits for nothing. What a graph's kernels find to do is in device tables ([`SequenceState`]), which change
 //! between launches only, so that one captured graph serves every length.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaGraph, CudaStream, sys};
@@ -18,8 +19,9 @@ use super::jobs::{
 use super::label::Labeller;
 use super::module::Specialisation;
 use super::open::Gpu;
+use super::pipeline::{Pipeline, StepBlocks};
 use super::seat::{DeviceBytes, Seat, bound};
-use super::step::{MAX_LANES, StepGrid, StepKernels};
+use super::step::{MAX_LANES, StepKernels};
 use crate::budget::Settings;
 use crate::device::LayerGeometry;
 use crate::label::{LabelCoder, LabelPlan};
@@ -69,8 +71,6 @@ pub struct BatchLayer<'a> {
 
 /// One layer's tables.
 struct Layer {
-    /// `[slot]`.
-    places: DeviceBuffer<LayerPlace>,
     /// By segment.
     planes: DeviceBuffer<u64>,
     labeller: Labeller,
@@ -91,6 +91,7 @@ struct Workspace {
     victims: DeviceBuffer<Victim>,
     victim_counts: DeviceBuffer<VictimCounts>,
     partials: DeviceBuffer<f32>,
+    /// Twice: alone, and beside another slot.
     arrivals: DeviceBuffer<Arrivals>,
 }
 
@@ -98,10 +99,12 @@ struct Workspace {
 pub struct Batch {
     shape: BatchShape,
     stream: Arc<CudaStream>,
-    kernels: StepKernels,
-    grid: StepGrid,
+    pipeline: Pipeline,
     layers: Vec<Layer>,
-    jobs: Vec<StepJob>,
+    /// By layer, by slot.
+    jobs: Vec<Vec<StepJob>>,
+    /// `[slot][layer]`.
+    places: DeviceBuffer<LayerPlace>,
     seats: Vec<Option<Arc<Seat>>>,
     /// By number: segments that planes name, kept for as long.
     segments: Vec<Option<Arc<HostSegment>>>,
@@ -136,6 +139,11 @@ impl BatchShape {
         self.max_entries.div_ceil(64).min(WAVE_BLOCKS.div_ceil(self.lanes())).max(1)
     }
 
+    /// Values of a lane's partial results: by block, by query head of the group, output and two more.
+    fn lane_partials(&self) -> usize {
+        self.attend_blocks() * self.geometry.heads.group() * (self.geometry.head_dim + 2)
+    }
+
     fn check(&self) -> Result<(), CudaError> {
         bound("lanes", self.lanes(), 1, MAX_LANES)?;
         bound("slots", self.slots, 1, 65_535)?;
@@ -147,26 +155,33 @@ impl BatchShape {
 }
 
 impl Batch {
-    /// Compiles the kernels and allocates everything; no seat is taken.
+    /// Compiles the kernels and allocates everything; no seat is taken. Steps, and what seats are told between them, go to `stream`.
     ///
     /// # Errors
     /// A shape out of bounds, memory that the device does not have, or what the compiler says.
-    pub fn new(gpu: &Gpu, compiler: &Compiler, shape: &BatchShape, layers: &[BatchLayer<'_>]) -> Result<Self, CudaError> {
+    pub fn new(
+        gpu: &Gpu,
+        compiler: &Compiler,
+        stream: &Arc<CudaStream>,
+        shape: &BatchShape,
+        layers: &[BatchLayer<'_>],
+    ) -> Result<Self, CudaError> {
         shape.check()?;
-        let stream = gpu.context.new_stream().doing("making a stream")?;
         let mut specialisation = Specialisation::labels(&shape.geometry, &shape.plan);
         specialisation.replays_trace = shape.trace_rows.is_some();
         let kernels = StepKernels::load(gpu, compiler, &specialisation)?;
         let heads = shape.geometry.heads.query_heads();
         let context = &gpu.context;
         let (all, values) = (layers.len() * shape.slots, layers.len() * shape.slots * heads);
+        let blocks = StepBlocks {
+            lanes: shape.lanes(),
+            gather: shape.gather_blocks,
+            attend: shape.attend_blocks(),
+            arrivals: (shape.slots * shape.lanes() * size_of::<Arrivals>()) as u64,
+        };
         let mut batch = Self {
-            grid: StepGrid {
-                lanes: shape.lanes(),
-                slots: shape.slots,
-                gather_blocks: shape.gather_blocks,
-                attend_blocks: shape.attend_blocks(),
-            },
+            pipeline: Pipeline::new(gpu, kernels, stream, blocks, shape.slots)?,
+            places: DeviceBuffer::zeroed(context, all)?,
             layers: Vec::with_capacity(layers.len()),
             jobs: Vec::new(),
             seats: vec![None; shape.slots],
@@ -181,57 +196,59 @@ impl Batch {
             trace: DeviceBuffer::zeroed(context, all * shape.lanes() * shape.trace_rows.unwrap_or(0))?,
             workspace: Workspace::new(gpu, shape)?,
             shape: BatchShape { geometry: shape.geometry.unscaled(), ..shape.clone() },
-            stream,
-            kernels,
+            stream: Arc::clone(stream),
         };
         for layer in layers {
-            let layer = Layer::new(gpu, compiler, &batch.stream, shape, layer)?;
+            let layer = Layer::new(gpu, compiler, stream, shape, layer)?;
             batch.layers.push(layer);
         }
-        batch.jobs = (0..layers.len()).map(|layer| batch.job(layer)).collect();
+        batch.jobs = (0..layers.len()).map(|layer| (0..shape.slots).map(|slot| batch.job(layer, slot)).collect()).collect();
         Ok(batch)
     }
 
-    fn job(&self, layer: usize) -> StepJob {
+    /// One layer's part of a step of one slot.
+    fn job(&self, layer: usize, slot: usize) -> StepJob {
         let (shape, of_layer, room) = (&self.shape, &self.layers[layer], &self.workspace);
-        let heads = layer * shape.slots * shape.geometry.heads.query_heads();
-        let lanes = layer * shape.slots * shape.lanes();
+        let (lanes, heads) = (shape.lanes(), shape.geometry.heads.query_heads());
+        // Of tables by layer and slot, and of the room that layers share, which is by slot.
+        let (at, lane) = (layer * shape.slots + slot, slot * lanes);
         let trace_rows = shape.trace_rows.unwrap_or(0);
+        let listed = lane * shape.max_count;
         StepJob {
-            sequences: self.device_states.address(),
-            places: of_layer.places.address(),
+            sequences: self.device_states.address_of(slot),
+            places: self.places.address_of(slot * self.layers.len() + layer),
             planes: of_layer.planes.address(),
-            new_rows: self.new_rows.address_of(lanes * shape.geometry.row_bytes()),
+            new_rows: self.new_rows.address_of(at * lanes * shape.geometry.row_bytes()),
             page_bytes: shape.geometry.page_bytes() as u64,
             host_page_bytes: of_layer.host.page_bytes,
             scales: of_layer.labeller.scales(),
             channels: of_layer.labeller.channels(),
             steps: of_layer.labeller.steps(),
-            query: self.queries.address_of(heads * shape.geometry.head_dim),
-            output: self.outputs.address_of(heads * shape.geometry.head_dim),
-            lse: self.lse.address_of(heads),
-            label_lse: room.label_lse.address(),
-            keys: room.keys.address(),
-            histogram: room.histogram.address(),
-            above: room.above.address(),
-            positions: room.positions.address(),
-            hot_places: room.hot_places.address(),
-            misses: room.misses.address(),
-            part_counts: room.part_counts.address(),
-            victim_bins: room.victim_bins.address(),
-            victims: room.victims.address(),
-            victim_counts: room.victim_counts.address(),
-            partials: room.partials.address(),
-            arrivals: room.arrivals.address(),
-            counters: self.counters.address_of(lanes),
-            trace: if trace_rows > 0 { self.trace.address_of(lanes * trace_rows) } else { 0 },
-            lanes: shape.lanes() as u32,
+            query: self.queries.address_of(at * heads * shape.geometry.head_dim),
+            output: self.outputs.address_of(at * heads * shape.geometry.head_dim),
+            lse: self.lse.address_of(at * heads),
+            label_lse: room.label_lse.address_of(slot * heads * SAMPLE_SUMS * 2),
+            keys: room.keys.address_of(lane * shape.max_tokens),
+            histogram: room.histogram.address_of(lane * BINS),
+            above: room.above.address_of(lane * PARTS * (1 + REFINED)),
+            positions: room.positions.address_of(listed),
+            hot_places: room.hot_places.address_of(listed),
+            misses: room.misses.address_of(listed),
+            part_counts: room.part_counts.address_of(lane * PARTS),
+            victim_bins: room.victim_bins.address_of(lane * BINS),
+            victims: room.victims.address_of(listed),
+            victim_counts: room.victim_counts.address_of(lane),
+            partials: room.partials.address_of(lane * shape.lane_partials()),
+            arrivals: room.arrivals.address_of(lane),
+            counters: self.counters.address_of(at * lanes),
+            trace: if trace_rows > 0 { self.trace.address_of(at * lanes * trace_rows) } else { 0 },
+            lanes: lanes as u32,
             max_rows: shape.max_tokens as u32,
             max_count: shape.max_count as u32,
             max_blocks: shape.attend_blocks() as u32,
             trace_rows: trace_rows as u32,
             score_scale: shape.geometry.softmax_scale * std::f32::consts::LOG2_E,
-            slots: shape.slots as u32,
+            slots: 1,
             appends: 0,
         }
     }
@@ -265,8 +282,8 @@ impl Batch {
     /// Device memory of the batch beside its seats, in bytes.
     #[must_use]
     pub fn own_bytes(&self) -> u64 {
-        let of_layers: usize = self.layers.iter().map(|layer| layer.places.bytes() + layer.planes.bytes()).sum();
-        let tables = self.device_states.bytes() + self.counters.bytes() + self.new_rows.bytes() + self.trace.bytes();
+        let of_layers: usize = self.layers.iter().map(|layer| layer.planes.bytes()).sum();
+        let tables = self.places.bytes() + self.device_states.bytes() + self.counters.bytes() + self.new_rows.bytes() + self.trace.bytes();
         let vectors = self.queries.bytes() + self.outputs.bytes() + self.lse.bytes();
         self.workspace.bytes() + (of_layers + tables + vectors) as u64
     }
@@ -317,9 +334,8 @@ impl Batch {
         assert!(seat.shape().geometry.unscaled() == self.shape.geometry && seat.shape().plan == self.shape.plan, "seats of this shape");
         assert_eq!(seat.shape().layers, self.layers.len(), "layers of the seat");
         bound("tokens of the seat", seat.shape().max_tokens, 0, self.shape.max_tokens)?;
-        for (index, layer) in self.layers.iter().enumerate() {
-            layer.places.write(&self.stream, slot, &[seat.place(index)])?;
-        }
+        let places: Vec<LayerPlace> = (0..self.layers.len()).map(|layer| seat.place(layer)).collect();
+        self.places.write(&self.stream, slot * places.len(), &places)?;
         self.seats[slot] = Some(Arc::clone(seat));
         self.states[slot] = SequenceState::default();
         Ok(())
@@ -385,12 +401,12 @@ impl Batch {
         Ok(())
     }
 
-    /// Labels the chunks from `first` on of a slot in one layer from their rows on the host. Waits.
+    /// Labels the chunks from `first` on of a seat in one layer from their rows on the host. Waits.
     ///
     /// # Errors
     /// More chunks than there is room for, or a failed launch.
-    pub fn make_labels(&self, layer: usize, slot: usize, first: usize, pages: &[HostPage<'_>]) -> Result<(), CudaError> {
-        let (seat, of_layer) = (self.seated(slot), &self.layers[layer]);
+    pub fn make_labels(&self, layer: usize, seat: &Seat, first: usize, pages: &[HostPage<'_>]) -> Result<(), CudaError> {
+        let of_layer = &self.layers[layer];
         bound("chunks", first + pages.len(), 0, seat.shape().chunks())?;
         let labels: Vec<u64> = (first..first + pages.len()).map(|chunk| seat.label_address(layer, chunk)).collect();
         let pages: Vec<u64> = pages.iter().map(|&page| of_layer.host.address(page)).collect();
@@ -449,22 +465,24 @@ impl Batch {
         unsafe { self.device_states.write_async(&self.stream, 0, &self.states) }
     }
 
-    /// Enqueues the copies of one layer's queries, `[slot][query head][head_dim]`, and newest rows, `[slot][lane][row_bytes]`.
+    /// Enqueues the copies of queries, `[slot][query head][head_dim]`, and newest rows, `[slot][lane][row_bytes]`, of slots from `first` on in
+    /// one layer.
     ///
     /// # Safety
     /// Both stay as they are until the stream has passed this point.
     ///
     /// # Errors
     /// A copy that the driver refuses.
-    pub(super) unsafe fn send_inputs(&self, layer: usize, queries: &[f32], new_rows: &[u8]) -> Result<(), CudaError> {
+    pub(super) unsafe fn send_inputs(&self, layer: usize, first: usize, queries: &[f32], new_rows: &[u8]) -> Result<(), CudaError> {
+        let (geometry, at) = (&self.shape.geometry, layer * self.shape.slots + first);
         // SAFETY: the caller's promise.
         unsafe {
-            self.queries.write_async(&self.stream, layer * queries.len(), queries)?;
-            self.new_rows.write_async(&self.stream, layer * new_rows.len(), new_rows)
+            self.queries.write_async(&self.stream, at * geometry.heads.query_heads() * geometry.head_dim, queries)?;
+            self.new_rows.write_async(&self.stream, at * self.shape.lanes() * geometry.row_bytes(), new_rows)
         }
     }
 
-    /// Enqueues the copies of one layer's results: outputs, log-sum-exps and counters of all slots.
+    /// Enqueues the copies of results of slots from `first` on in one layer: outputs, log-sum-exps and counters.
     ///
     /// # Safety
     /// They are used by nobody else until the stream has passed this point.
@@ -474,53 +492,47 @@ impl Batch {
     pub(super) unsafe fn fetch_results(
         &self,
         layer: usize,
+        first: usize,
         outputs: &mut [f32],
         lse: &mut [f32],
         counters: &mut [[u64; 2]],
     ) -> Result<(), CudaError> {
+        let (at, heads) = (layer * self.shape.slots + first, self.shape.geometry.heads.query_heads());
         // SAFETY: the caller's promise.
         unsafe {
-            self.outputs.read_async(&self.stream, layer * outputs.len(), outputs)?;
-            self.lse.read_async(&self.stream, layer * lse.len(), lse)?;
-            self.counters.read_async(&self.stream, layer * counters.len(), counters)
+            self.outputs.read_async(&self.stream, at * heads * self.shape.geometry.head_dim, outputs)?;
+            self.lse.read_async(&self.stream, at * heads, lse)?;
+            self.counters.read_async(&self.stream, at * self.shape.lanes(), counters)
         }
     }
 
-    /// Enqueues one layer of a sparse step.
+    /// Enqueues one layer of a sparse step of some slots.
     ///
     /// # Errors
     /// A failed launch.
-    pub fn enqueue_layer(&self, layer: usize) -> Result<(), CudaError> {
-        // SAFETY: every address of the job is of a buffer of this value or of a seat or segment that it keeps.
-        unsafe { self.kernels.sparse_layer(&self.stream, &self.grid, &self.jobs[layer]) }
+    pub fn enqueue_layer(&self, layer: usize, slots: Range<usize>) -> Result<(), CudaError> {
+        // SAFETY: every address of the jobs is of a buffer of this value or of a seat or segment that it keeps.
+        unsafe { self.pipeline.sparse_layer(&self.jobs[layer][slots]) }
     }
 
-    /// Enqueues the exact attention of one layer over all rows kept: for steps that select nothing, or everything of
+    /// Enqueues the exact attention of one layer of some slots over all rows kept: for steps that select nothing, or everything of
     /// [`super::seat::Kept::Everything`].
     ///
     /// # Errors
     /// A failed launch.
-    pub fn enqueue_dense_layer(&self, layer: usize) -> Result<(), CudaError> {
-        let job = StepJob { appends: 1, ..self.jobs[layer] };
+    pub fn enqueue_dense_layer(&self, layer: usize, slots: Range<usize>) -> Result<(), CudaError> {
         // SAFETY: as above.
-        unsafe { self.kernels.attend(&self.stream, &self.grid, &job) }
+        unsafe { self.pipeline.dense_layer(&self.jobs[layer][slots]) }
     }
 
-    /// Enqueues one part of one layer of a sparse step: 0 score, 1 select, 2 gather, 3 attend. For benches that time them one by one.
+    /// Enqueues one part of one layer of a sparse step of every slot: 0 score, 1 select, 2 gather, 3 attend. For benches that time them one
+    /// by one.
     ///
     /// # Errors
     /// A failed launch.
     pub fn enqueue_part(&self, layer: usize, part: usize) -> Result<(), CudaError> {
-        let (stream, grid, job) = (&self.stream, &self.grid, &self.jobs[layer]);
         // SAFETY: as above.
-        unsafe {
-            match part {
-                0 => self.kernels.score(stream, grid, job),
-                1 => self.kernels.select(stream, grid, job),
-                2 => self.kernels.gather(stream, grid, job),
-                _ => self.kernels.attend(stream, grid, job),
-            }
-        }
+        self.jobs[layer].iter().try_for_each(|job| unsafe { self.pipeline.part(part, job) })
     }
 
     /// Captures what `enqueue` puts on the stream as a graph.
@@ -612,8 +624,8 @@ impl Workspace {
             victim_bins: DeviceBuffer::zeroed(context, lanes * BINS)?,
             victims: DeviceBuffer::zeroed(context, listed)?,
             victim_counts: DeviceBuffer::zeroed(context, lanes)?,
-            partials: DeviceBuffer::zeroed(context, lanes * shape.attend_blocks() * group * (shape.geometry.head_dim + 2))?,
-            arrivals: DeviceBuffer::zeroed(context, lanes)?,
+            partials: DeviceBuffer::zeroed(context, lanes * shape.lane_partials())?,
+            arrivals: DeviceBuffer::zeroed(context, 2 * lanes)?,
         })
     }
 
@@ -640,7 +652,6 @@ impl Layer {
     ) -> Result<Self, CudaError> {
         let geometry = LayerGeometry { scales: layer.scales.clone(), ..shape.geometry.clone() };
         Ok(Self {
-            places: DeviceBuffer::zeroed(&gpu.context, shape.slots)?,
             planes: DeviceBuffer::zeroed(&gpu.context, MAX_SEGMENTS)?,
             labeller: Labeller::new(gpu, compiler, stream, &geometry, layer.coder)?,
             host: layer.host.clone(),

@@ -1,6 +1,9 @@
 //! One layer of a step for callers whose queries and results lie in host memory: inputs go to the device, a captured graph runs, results
 //! come back, and only then does the call return.
 
+use std::collections::HashMap;
+use std::ops::Range;
+
 use cudarc::driver::CudaGraph;
 
 use super::batch::Batch;
@@ -9,7 +12,7 @@ use super::error::{CudaError, Doing};
 use super::open::Gpu;
 
 /// What a layer of a step does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LayerWork {
     /// Scores, selects, fetches and attends.
     Sparse,
@@ -26,8 +29,8 @@ unsafe impl Send for LayerGraph {}
 /// A batch with pinned room for one layer's inputs and results.
 pub struct HostStep {
     batch: Batch,
-    /// By layer and work.
-    graphs: Vec<[Option<LayerGraph>; 2]>,
+    /// By layer, work and slots.
+    graphs: HashMap<(usize, LayerWork, Range<usize>), LayerGraph>,
     /// `[slot][query head][head_dim]`, and the outputs.
     queries: PinnedBuffer<f32>,
     outputs: PinnedBuffer<f32>,
@@ -62,7 +65,7 @@ impl HostStep {
         let lanes = shape.slots * shape.geometry.heads.lanes();
         let context = &gpu.context;
         Ok(Self {
-            graphs: (0..layers).map(|_| [None, None]).collect(),
+            graphs: HashMap::new(),
             queries: PinnedBuffer::zeroed(context, heads * shape.geometry.head_dim)?,
             outputs: PinnedBuffer::zeroed(context, heads * shape.geometry.head_dim)?,
             lse: PinnedBuffer::zeroed(context, heads)?,
@@ -91,23 +94,30 @@ impl HostStep {
         (&mut self.queries[slot * values..(slot + 1) * values], &mut self.new_rows[slot * bytes..(slot + 1) * bytes])
     }
 
-    /// Performs one layer for everybody seated, by the lengths set, and waits for the results.
+    /// Performs one layer for the sequences in `slots`, by the lengths set, and waits for the results.
     ///
     /// # Errors
     /// A copy or launch that the driver refuses, or a failure of the device.
-    pub fn perform(&mut self, layer: usize, work: LayerWork) -> Result<(), CudaError> {
-        self.capture(layer, work)?;
-        let lanes = self.counters.len();
+    pub fn perform(&mut self, layer: usize, work: LayerWork, slots: Range<usize>) -> Result<(), CudaError> {
+        self.capture(layer, work, &slots)?;
+        let geometry = &self.batch.shape().geometry;
+        let (all, lanes, heads) = (self.batch.shape().slots, geometry.heads.lanes(), geometry.heads.query_heads());
+        let (dim, row_bytes) = (geometry.head_dim, geometry.row_bytes());
+        let of = |unit: usize| slots.start * unit..slots.end * unit;
         self.batch.send_states()?;
+        let (queries, new_rows) = (&self.queries[of(heads * dim)], &self.new_rows[of(lanes * row_bytes)]);
         // SAFETY: the pinned inputs belong to this value and stay as they are until the stream has been waited for below.
-        unsafe { self.batch.send_inputs(layer, &self.queries, &self.new_rows)? };
-        let graph = self.graphs[layer][work as usize].as_ref().ok_or(CudaError::NothingCaptured)?;
+        unsafe { self.batch.send_inputs(layer, slots.start, queries, new_rows)? };
+        let graph = self.graphs.get(&(layer, work, slots.clone())).ok_or(CudaError::NothingCaptured)?;
         graph.0.launch().doing("launching a layer")?;
+        let (outputs, lse) = (&mut self.outputs[of(heads * dim)], &mut self.lse[of(heads)]);
+        let counters = &mut self.counters[of(lanes)];
         // SAFETY: the pinned results belong to this value and are read after the stream has been waited for.
-        unsafe { self.batch.fetch_results(layer, &mut self.outputs, &mut self.lse, &mut self.counters)? };
+        unsafe { self.batch.fetch_results(layer, slots.start, outputs, lse, counters)? };
         self.batch.wait()?;
         // Counters of a layer run on; what this step added is kept in place of what they say.
-        for (now, before) in self.counters.iter_mut().zip(&mut self.counted[layer * lanes..(layer + 1) * lanes]) {
+        let counted = &mut self.counted[layer * all * lanes..][of(lanes)];
+        for (now, before) in counters.iter_mut().zip(counted) {
             let counts = *now;
             *now = [counts[0] - before[0], counts[1] - before[1]];
             *before = counts;
@@ -115,13 +125,14 @@ impl HostStep {
         Ok(())
     }
 
-    fn capture(&mut self, layer: usize, work: LayerWork) -> Result<(), CudaError> {
-        if self.graphs[layer][work as usize].is_none() {
+    fn capture(&mut self, layer: usize, work: LayerWork, slots: &Range<usize>) -> Result<(), CudaError> {
+        let key = (layer, work, slots.clone());
+        if !self.graphs.contains_key(&key) {
             let graph = self.batch.capture(|| match work {
-                LayerWork::Sparse => self.batch.enqueue_layer(layer),
-                LayerWork::Exact => self.batch.enqueue_dense_layer(layer),
+                LayerWork::Sparse => self.batch.enqueue_layer(layer, slots.clone()),
+                LayerWork::Exact => self.batch.enqueue_dense_layer(layer, slots.clone()),
             })?;
-            self.graphs[layer][work as usize] = Some(LayerGraph(graph));
+            self.graphs.insert(key, LayerGraph(graph));
         }
         Ok(())
     }

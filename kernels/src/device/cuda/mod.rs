@@ -14,6 +14,7 @@ pub mod label;
 pub mod many;
 pub mod module;
 pub mod open;
+mod pipeline;
 pub mod probe;
 mod ring;
 pub mod seat;

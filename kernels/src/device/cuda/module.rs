@@ -303,6 +303,12 @@ impl Kernel {
         &self.function
     }
 
+    /// The same, never overlapping what came before it.
+    #[must_use]
+    pub fn apart(&self) -> Self {
+        Self { overlaps: false, ..self.clone() }
+    }
+
     /// Blocks of `threads` threads that run at once on one processor.
     ///
     /// # Errors

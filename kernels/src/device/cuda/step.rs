@@ -1,4 +1,4 @@
-//! The kernels of a decode step and their launches, one layer at a time: the path of a token on the device, in order.
+//! The kernels of a decode step and their launches, one layer of one sequence at a time: the path of a token on the device, in order.
 
 use cudarc::driver::CudaStream;
 
@@ -34,16 +34,16 @@ pub struct StepKernels {
 pub struct StepGrid {
     /// Lanes.
     pub lanes: usize,
-    /// Batch slots.
-    pub slots: usize,
+    /// Blocks of the score kernel that share a lane. They wait for each other, so all of them have to run at once.
+    pub score_blocks: usize,
     /// Blocks of the gather: few, so that rows in flight lie near each other (LIMITS.md).
     pub gather_blocks: usize,
     /// Attention blocks a lane.
     pub attend_blocks: usize,
 }
 
-/// Blocks of the score kernel that share a lane, of `resident` that run at once: they wait for each other. Bounded, so that launches of
-/// several streams cannot keep each other's blocks from starting.
+/// Blocks of the score kernel that share a lane, of `resident` that run at once. Bounded, so that launches of several streams cannot keep
+/// each other's blocks from starting.
 pub(super) fn score_blocks_of_lane(resident: usize, lanes: usize) -> usize {
     (resident / lanes).clamp(1, MOST_SCORE_BLOCKS)
 }
@@ -68,6 +68,19 @@ impl StepKernels {
         })
     }
 
+    /// The same, launched after all that came before has ended: for launches that follow several others, on several streams.
+    #[must_use]
+    pub fn apart(&self) -> Self {
+        let [score, select, gather, attend] = [&self.score, &self.select, &self.gather, &self.attend].map(Kernel::apart);
+        Self { score, select, gather, attend, ..*self }
+    }
+
+    /// Blocks of the score kernel that run at once.
+    #[must_use]
+    pub fn score_blocks(&self) -> usize {
+        self.score_blocks
+    }
+
     /// Appends the newest rows; then importance keys of every row before the horizon, and their histogram.
     ///
     /// # Safety
@@ -76,9 +89,8 @@ impl StepKernels {
     /// # Errors
     /// A launch that the driver refuses; so for all launches of this type.
     pub unsafe fn score(&self, stream: &CudaStream, grid: &StepGrid, job: &StepJob) -> Result<(), CudaError> {
-        let blocks = score_blocks_of_lane(self.score_blocks, grid.lanes * grid.slots);
         // SAFETY: the caller's promise.
-        unsafe { self.score.launch(stream, Grid { blocks: [blocks, grid.lanes, grid.slots], threads: SCORE_THREADS }, job) }
+        unsafe { self.score.launch(stream, Grid { blocks: [grid.score_blocks, grid.lanes, 1], threads: SCORE_THREADS }, job) }
     }
 
     /// Selected positions, ascending, which of them are hot, and room for those that are not: the places of the least important hot rows.
@@ -90,7 +102,7 @@ impl StepKernels {
     /// As [`StepKernels::score`].
     pub unsafe fn select(&self, stream: &CudaStream, grid: &StepGrid, job: &StepJob) -> Result<(), CudaError> {
         // SAFETY: the caller's promise.
-        unsafe { self.select.launch(stream, Grid { blocks: [PARTS, grid.lanes, grid.slots], threads: SELECT_THREADS }, job) }
+        unsafe { self.select.launch(stream, Grid { blocks: [PARTS, grid.lanes, 1], threads: SELECT_THREADS }, job) }
     }
 
     /// Fetches the missing rows across the link.
@@ -113,7 +125,7 @@ impl StepKernels {
     /// # Errors
     /// As [`StepKernels::score`].
     pub unsafe fn attend(&self, stream: &CudaStream, grid: &StepGrid, job: &StepJob) -> Result<(), CudaError> {
-        let blocks = [grid.attend_blocks, grid.lanes, grid.slots];
+        let blocks = [grid.attend_blocks, grid.lanes, 1];
         // SAFETY: the caller's promise.
         unsafe { self.attend.launch(stream, Grid { blocks, threads: self.attend_threads }, job) }
     }

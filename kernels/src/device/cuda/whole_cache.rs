@@ -62,7 +62,7 @@ impl DoubleBuffer {
             }
             self.copied[buffer].record(&self.copies).doing("recording an event")?;
             self.batch.stream().wait(&self.copied[buffer]).doing("waiting for a copy")?;
-            self.batch.enqueue_dense_layer(buffer)?;
+            self.batch.enqueue_dense_layer(buffer, 0..1)?;
             self.attended[buffer].record(self.batch.stream()).doing("recording an event")?;
         }
         Ok(())

@@ -1,0 +1,190 @@
+//! Steps over several sequences: what a sequence gets does not depend on who steps beside it.
+
+mod support;
+
+use std::sync::Arc;
+
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use rand::{Rng, SeedableRng};
+use sluice_kernels::budget::{Budget, Settings};
+use sluice_kernels::decoder::{Attend, Decoder, StepError, StepReport, StepRequest};
+use sluice_kernels::device::open;
+use sluice_kernels::sequence::Sequence;
+use sluice_kernels::shape::ModelShape;
+use support::{ROW_TYPES, TestDaemon, calibration, device_kinds, rows, shape, shape_of, value};
+
+const SPARSE: Settings =
+    Settings { budget: Budget::Ratio { numerator: 1, denominator: 16, floor_tokens: 48, cap_tokens: 0 }, exact_tokens: 64, sink_tokens: 4 };
+
+/// Far apart, so that no two sequences have a row in common.
+const APART: usize = 100_000;
+
+/// A sequence with rows of its own.
+struct Member {
+    daemon: TestDaemon,
+    sequence: Sequence,
+    seed: usize,
+}
+
+impl Member {
+    fn new(seed: usize, tokens: usize, shape: &Arc<ModelShape>) -> Self {
+        let daemon = TestDaemon::new(Arc::clone(shape), Some(calibration(shape)), 14);
+        let sequence = daemon.attach(SPARSE, None, 0);
+        let mut member = Self { daemon, sequence, seed };
+        member.append(tokens);
+        if seed.is_multiple_of(2) {
+            member.daemon.seal();
+            member.daemon.refresh(&mut member.sequence);
+        }
+        member
+    }
+
+    fn append(&mut self, tokens: usize) {
+        let (first, shape) = (self.sequence.committed(), self.sequence.shape().clone());
+        for layer in 0..shape.layers.len() {
+            let lanes = self.sequence.part(layer).lanes;
+            let own = self.seed * APART + first..self.seed * APART + first + tokens;
+            self.sequence.append(layer, first, &rows(&shape, layer, lanes, own)).expect("append");
+        }
+        let ids: Vec<u32> = (first..first + tokens).map(|position| position as u32).collect();
+        self.sequence.write_tokens(first, &ids).expect("token ids");
+        self.sequence.commit();
+    }
+}
+
+/// What a member is asked, and what it answered.
+struct Asked {
+    first_position: usize,
+    queries: Vec<f32>,
+    attend: Attend,
+    output: Vec<f32>,
+    lse: Vec<f32>,
+}
+
+impl Asked {
+    fn new(member: &Member, layer: usize, count: usize, attend: Attend) -> Self {
+        let heads = member.sequence.part(layer).geometry.heads.query_heads();
+        let first_position = member.sequence.committed() - count;
+        let query = |at: usize| value(90 + layer, at / 64 + 40 * member.seed, first_position, at % 64);
+        let queries: Vec<f32> = (0..count * heads * 64).map(query).collect();
+        Self { first_position, attend, output: vec![0.0; queries.len()], lse: vec![0.0; count * heads], queries }
+    }
+
+    /// One query or several, sparse or dense.
+    fn any(member: &Member, layer: usize, rng: &mut StdRng) -> Self {
+        let attend = if rng.random_bool(0.2) { Attend::Dense } else { Attend::Sparse };
+        let count = if rng.random_bool(0.2) { rng.random_range(2..5) } else { 1 };
+        Self::new(member, layer, count, attend)
+    }
+
+    fn request<'a>(&'a mut self, sequence: &'a mut Sequence) -> StepRequest<'a> {
+        let Self { first_position, queries, attend, output, lse } = self;
+        StepRequest { sequence, first_position: *first_position, queries, attend: *attend, output, lse }
+    }
+}
+
+/// Ten of them: more than one launch takes.
+fn members(shape: &Arc<ModelShape>) -> Vec<Member> {
+    let lengths = [1800, 300, 2600, 1401, 2049, 700, 1024, 1900, 2304, 1111];
+    lengths.into_iter().enumerate().map(|(seed, tokens)| Member::new(seed, tokens, shape)).collect()
+}
+
+#[test]
+fn a_sequence_has_the_same_bits_alone_and_in_any_batch() {
+    for (kind, row_type) in device_kinds().into_iter().flat_map(|kind| ROW_TYPES.map(|row_type| (kind, row_type))) {
+        let mut rng = StdRng::seed_from_u64(5);
+        let mut decoder = Decoder::new(open(kind, 2).expect("device"));
+        let mut alone = Decoder::new(open(kind, 2).expect("device"));
+        let shape = shape_of(row_type);
+        // Each has a twin that steps alone.
+        let mut pairs: Vec<(Member, Member)> = members(&shape).into_iter().zip(members(&shape)).collect();
+        let mut selected = 0;
+        for (round, taken) in [10, 1, 3, 9, 2, 4].into_iter().enumerate() {
+            pairs.shuffle(&mut rng);
+            let pairs = &mut pairs[..taken];
+            for layer in 0..3 {
+                let mut asked: Vec<Asked> = pairs.iter().map(|(member, _)| Asked::any(member, layer, &mut rng)).collect();
+                let mut batch: Vec<_> =
+                    asked.iter_mut().zip(&mut *pairs).map(|(asked, (member, _))| asked.request(&mut member.sequence)).collect();
+                for (index, report) in decoder.step(layer, &mut batch).into_iter().enumerate() {
+                    selected += report.unwrap_or_else(|error| panic!("{kind}, request {index}: {error}")).selected_rows;
+                }
+                drop(batch);
+                for (asked, (_, twin)) in asked.iter_mut().zip(&mut *pairs) {
+                    let together = (asked.output.clone(), asked.lse.clone());
+                    asked.output.fill(-1.0);
+                    asked.lse.fill(-1.0);
+                    alone.step_one(layer, &mut asked.request(&mut twin.sequence)).expect("a step");
+                    let (seed, position, attend) = (twin.seed, asked.first_position, asked.attend);
+                    assert!(
+                        together == (asked.output.clone(), asked.lse.clone()),
+                        "{kind}, {row_type:?}, round {round}, layer {layer}: sequence {seed} at {position}, {attend:?}"
+                    );
+                }
+            }
+            for (member, twin) in pairs {
+                if member.sequence.tokens_until_full() > 1 {
+                    member.append(1);
+                    twin.append(1);
+                }
+            }
+        }
+        assert!(selected > 0, "some steps were sparse");
+    }
+}
+
+#[test]
+fn hot_rows_of_a_batch_are_each_sequences_own() {
+    for kind in device_kinds() {
+        let mut decoder = Decoder::new(open(kind, 2).expect("device"));
+        let mut members = members(&shape());
+        members.iter_mut().for_each(|member| member.sequence.set_hot_rows(200));
+        let mut answers = Vec::new();
+        for turn in 0..3 {
+            // Whoever sits where changes in between; what is hot does not.
+            if turn == 1 {
+                members.reverse();
+            }
+            let mut asked: Vec<Asked> = members.iter().map(|member| Asked::new(member, 0, 1, Attend::Sparse)).collect();
+            let mut batch: Vec<_> = asked.iter_mut().zip(&mut members).map(|(asked, member)| asked.request(&mut member.sequence)).collect();
+            let reports: Vec<StepReport> = decoder.step(0, &mut batch).into_iter().map(|report| report.expect("a step")).collect();
+            drop(batch);
+            for (report, member) in reports.iter().zip(&members) {
+                let expected = if turn == 0 { 0 } else { report.selected_rows };
+                assert_eq!(report.hot_rows, expected, "{kind}, turn {turn}: sequence {}", member.seed);
+            }
+            let mut by_seed: Vec<_> = members.iter().zip(asked).map(|(member, asked)| (member.seed, asked.output)).collect();
+            by_seed.sort_by_key(|(seed, _)| *seed);
+            answers.push(by_seed);
+        }
+        assert!(answers[0] == answers[1] && answers[1] == answers[2], "{kind}: the same answers");
+    }
+}
+
+#[test]
+fn a_refused_request_takes_nobody_with_it() {
+    for kind in device_kinds() {
+        let mut decoder = Decoder::new(open(kind, 2).expect("device"));
+        let mut members: Vec<Member> = (0..3).map(|seed| Member::new(seed, 1500 + 10 * seed, &shape())).collect();
+        let mut asked: Vec<Asked> = members.iter().map(|member| Asked::new(member, 0, 1, Attend::Sparse)).collect();
+        let expected: Vec<_> = asked
+            .iter_mut()
+            .zip(&mut members)
+            .map(|(asked, member)| {
+                decoder.step_one(0, &mut asked.request(&mut member.sequence)).expect("a step");
+                asked.output.clone()
+            })
+            .collect();
+        asked[1].queries[7] = f32::NAN;
+        asked.iter_mut().for_each(|asked| asked.output.fill(0.0));
+        let mut batch: Vec<_> = asked.iter_mut().zip(&mut members).map(|(asked, member)| asked.request(&mut member.sequence)).collect();
+        let results = decoder.step(0, &mut batch);
+        drop(batch);
+        assert!(matches!(results[1], Err(StepError::NotFinite { index: 7 })), "{:?}", results[1]);
+        assert!(asked[1].output.iter().all(|&value| value == 0.0), "nothing is written for it");
+        for other in [0, 2] {
+            assert!(results[other].is_ok() && asked[other].output == expected[other], "{kind}: sequence {other}");
+        }
+    }
+}
