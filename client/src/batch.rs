@@ -1,6 +1,7 @@
-//! Steps of several sessions at once: one message in Stream, one after the other in Direct.
+//! Steps of several sessions at once: one message in Stream, one call of the decoder in Direct.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use sluice_proto::v1;
 
@@ -34,9 +35,57 @@ impl Client {
         if together.len() > 1 {
             self.exchange_together(batch, &together, &mut results);
         }
-        // Direct steps, and those that the message did not settle.
+        self.attend_together(batch, &mut results);
+        // Those that are still open.
         let rest = batch.iter_mut().zip(results);
         rest.map(|(entry, result)| result.unwrap_or_else(|| one(entry.session, &entry.step, &mut entry.out))).collect()
+    }
+
+    /// Performs direct steps of one layer that share a decoder in one call: a GPU then serves them together.
+    fn attend_together(&self, batch: &mut [BatchStep<'_>], results: &mut [Option<Result<(), ClientError>>]) {
+        let direct = |entry: &BatchStep<'_>| match &entry.session.way {
+            Way::Direct(way) if entry.session.truncating.is_none() => Some((entry.step.layer, way.decoder())),
+            _ => None,
+        };
+        let Some((layer, decoder)) = batch.iter().find_map(direct) else { return };
+        let mut members = Vec::new();
+        for (index, entry) in batch.iter_mut().enumerate() {
+            let alike = direct(entry).is_some_and(|(own_layer, own)| own_layer == layer && Arc::ptr_eq(&own, &decoder));
+            if !alike {
+                continue;
+            }
+            match entry.session.check(&entry.step, &entry.out) {
+                Ok(positions) => members.push((index, positions, entry)),
+                Err(error) => results[index] = Some(Err(error)),
+            }
+        }
+        let mut requests = Vec::new();
+        let mut asked = Vec::new();
+        let mut attended = Vec::new();
+        for (index, positions, entry) in &mut members {
+            let BatchStep { session, step, out } = &mut **entry;
+            let Way::Direct(way) = &mut session.way else { continue };
+            match way.begin_step(&session.core, step, positions) {
+                Ok(()) => {
+                    requests.push(way.request(step, out));
+                    asked.push(*index);
+                }
+                Err(error) => attended.push((*index, Err(error))),
+            }
+        }
+        let costs = decoder.lock().step(layer, &mut requests);
+        drop(requests);
+        attended.extend(asked.into_iter().zip(costs).map(|(index, costs)| (index, Ok(costs))));
+        for (index, positions, entry) in members {
+            let Some(at) = attended.iter().position(|(of, _)| *of == index) else { continue };
+            let BatchStep { session, step, out } = entry;
+            let ended = match (attended.swap_remove(at).1, &mut session.way) {
+                (Ok(costs), Way::Direct(way)) => way.end_step(&session.core, step, out, costs),
+                (Ok(_), Way::Stream(_)) => continue,
+                (Err(error), _) => Err(error),
+            };
+            results[index] = Some(session.settle(step, &positions, ended));
+        }
     }
 
     /// Sends the steps of `indices` in one message. Steps that were not settled by it (the connection broke, open slots were full) keep

@@ -141,6 +141,13 @@ impl DirectWay {
         positions: &Range<usize>,
         out: &mut StepOut<'_>,
     ) -> Result<(), ClientError> {
+        self.begin_step(core, step, positions)?;
+        let attended = self.attend(step, out);
+        self.end_step(core, step, out, attended)
+    }
+
+    /// What a step does before it attends: takes up what is sealed, and stores the new rows.
+    pub(crate) fn begin_step(&mut self, core: &Core, step: &Step<'_>, positions: &Range<usize>) -> Result<(), ClientError> {
         self.sync(core)?;
         if let Some(index) = first_non_finite_value(step.queries) {
             return Err(StepError::NotFinite { index }.into());
@@ -148,7 +155,18 @@ impl DirectWay {
         if let (Some(rows), Some(run)) = (step.rows, core.run.as_ref()) {
             self.store(run, step.layer, positions, rows)?;
         }
-        let attended = match self.attend(step, out) {
+        Ok(())
+    }
+
+    /// What a step does after it has attended: fetches a segment that was missing and tries again, commits, and counts costs.
+    pub(crate) fn end_step(
+        &mut self,
+        core: &Core,
+        step: &Step<'_>,
+        out: &mut StepOut<'_>,
+        attended: Result<Costs, StepError>,
+    ) -> Result<(), ClientError> {
+        let attended = match attended {
             Err(StepError::Sequence(SequenceError::SegmentMissing { segment })) => {
                 self.fetch(core, segment).and_then(|()| self.sync_all(core)).and_then(|()| Ok(self.attend(step, out)?))
             }
@@ -166,7 +184,18 @@ impl DirectWay {
     }
 
     fn attend(&mut self, step: &Step<'_>, out: &mut StepOut<'_>) -> Result<Costs, StepError> {
-        let mut request = StepRequest {
+        let decoder = self.decoder();
+        decoder.lock().step_one(step.layer, &mut self.request(step, out))
+    }
+
+    /// The decoder that this session shares with others.
+    pub(crate) fn decoder(&self) -> SharedDecoder {
+        Arc::clone(&self.decoder)
+    }
+
+    /// What the decoder is asked.
+    pub(crate) fn request<'a>(&'a mut self, step: &Step<'a>, out: &'a mut StepOut<'_>) -> StepRequest<'a> {
+        StepRequest {
             sequence: &mut self.sequence,
             first_position: step.first_position,
             queries: step.queries,
@@ -176,8 +205,7 @@ impl DirectWay {
             },
             output: out.output,
             lse: out.log_sum_exp,
-        };
-        self.decoder.lock().step_one(step.layer, &mut request)
+        }
     }
 
     pub(crate) fn rows(&mut self, core: &Core, layer: usize, position: usize, query: &[f32]) -> Result<Vec<LaneSelection>, ClientError> {

@@ -246,11 +246,7 @@ impl Session {
             Way::Stream(way) => way.step(&mut self.core, step, &positions, &mut out)?,
             Way::Direct(way) => {
                 let attended = way.step(&self.core, step, &positions, &mut out);
-                // Rows whose segments could not be reached: the new ones are stored all the same, and the query can be asked again.
-                if attended.is_err() && step.rows.is_some() && way.has_stored(step.layer, &positions) {
-                    self.stored(step.layer, &positions);
-                }
-                attended?;
+                return self.settle(step, &positions, attended);
             }
         }
         self.after_step(step, &positions)
@@ -270,6 +266,22 @@ impl Session {
             }
             (None, _) => Ok(step.first_position..end),
         }
+    }
+
+    /// Takes account of a step that this process has attended, or tried to.
+    pub(crate) fn settle(
+        &mut self,
+        step: &Step<'_>,
+        positions: &std::ops::Range<usize>,
+        attended: Result<(), ClientError>,
+    ) -> Result<(), ClientError> {
+        // Rows whose segments could not be reached: the new ones are stored all the same, and the query can be asked again.
+        let stored = matches!(&self.way, Way::Direct(way) if way.has_stored(step.layer, positions));
+        if attended.is_err() && step.rows.is_some() && stored {
+            self.stored(step.layer, positions);
+        }
+        attended?;
+        self.after_step(step, positions)
     }
 
     /// Takes account of a step that has succeeded.

@@ -5,7 +5,7 @@ mod support;
 use std::time::Duration;
 
 use rustix::process::Signal;
-use sluice_client::{Attach, AttendMode, BatchStep, Client, OnlineCalibration, OpenOptions, Session, Step, StepOut};
+use sluice_client::{Attach, AttendMode, Client, OnlineCalibration, OpenOptions, Session, Step, StepOut};
 use sluice_kernels::budget::{Budget, Settings};
 use sluice_kernels::label::LabelPlan;
 use sluice_kernels::shape::{LaneKind, ModelShape, RowType};
@@ -122,40 +122,4 @@ fn agrees_with_the_oracle(client: &Client, shape: &ModelShape) {
     }
     made.wait_sealed(512, Duration::from_secs(10)).expect("sealed");
     made.close().expect("close");
-}
-
-#[test]
-fn a_batch_gives_what_its_steps_give_alone() {
-    let daemon = Daemon::start(DaemonOptions::default());
-    let client = daemon.client();
-    let shape = plain_shape(RowType::F32);
-    let model = register(&client, "batch", &shape);
-    let mut sessions = Vec::new();
-    for (index, attach) in [Attach::Stream, direct(), Attach::Stream, Attach::Stream].into_iter().enumerate() {
-        let ids = token_ids(100 + index as u64, 150 + 200 * index);
-        let mut session = client.open(&model, &ids, &options(attach, sparse_settings())).expect("open");
-        fill(&mut session, &ids);
-        sessions.push(session);
-    }
-    let layer = 1;
-    let layer_shape = shape.layers[layer];
-    let alone: Vec<_> = sessions.iter_mut().map(|session| ask(session, session.length() - 1, layer, AttendMode::Sparse)).collect();
-    let queries: Vec<Vec<f32>> = sessions.iter().map(|session| query_of(session.length() - 1, layer, &layer_shape)).collect();
-    let mut outputs = vec![(vec![0.0; queries[0].len()], vec![0.0; usize::from(layer_shape.query_heads)]); sessions.len()];
-    let parts = sessions.iter_mut().zip(&queries).zip(&mut outputs);
-    let mut batch: Vec<BatchStep<'_>> = parts
-        .map(|((session, queries), (output, log_sum_exp))| {
-            let first_position = session.length() - 1;
-            let step = Step { layer, first_position, queries, rows: None, attend: AttendMode::Sparse };
-            BatchStep { session, step, out: StepOut { output, log_sum_exp, report: None } }
-        })
-        .collect();
-    // The third one asks for a token that it does not have: it alone is refused.
-    batch[2].step.first_position += 1;
-    let results = client.step_batch(&mut batch);
-    assert_eq!(results.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, true, false, true]);
-    for index in [0, 1, 3] {
-        assert_eq!(bits(&outputs[index].0), bits(&alone[index].0), "output of {index}");
-        assert_eq!(bits(&outputs[index].1), bits(&alone[index].1), "log-sum-exp of {index}");
-    }
 }

@@ -90,13 +90,13 @@ impl Pipeline {
         }
         let joining = "joining streams";
         for (slot, job) in jobs.iter().enumerate() {
-            let grid = if slot == 0 { &self.alone } else { &self.beside };
+            // Kernels that come early take places and wait: beside a gather they would keep it from starting.
+            let (early, grid) = if slot == 0 { (&self.kernels, &self.alone) } else { (&self.apart, &self.beside) };
             let job = &if slot == 0 { *job } else { StepJob { arrivals: job.arrivals + self.arrivals, ..*job } };
             // SAFETY: the caller's promise; streams are joined by events before anything is read that another one writes.
             unsafe {
-                // The first follows the join of the layer before. The next ones would take the places of the gather if they came early.
                 self.apart.score(&self.stream, grid, job)?;
-                self.kernels.select(&self.stream, grid, job)?;
+                early.select(&self.stream, grid, job)?;
                 self.selected[slot].record(&self.stream).doing(joining)?;
                 self.gathers.wait(&self.selected[slot]).doing(joining)?;
                 self.apart.gather(&self.gathers, grid, job)?;
