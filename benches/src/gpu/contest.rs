@@ -1,19 +1,17 @@
 //! The contestants' steps, timed.
 
-use std::time::Instant;
-
 use anyhow::Result;
 use sluice_kernels::budget::{Budget, Settings};
 use sluice_kernels::device::cuda::batch::Batch;
 use sluice_kernels::device::cuda::buffer::DeviceBuffer;
 use sluice_kernels::device::cuda::probe::Probe;
 use sluice_kernels::device::cuda::timer::Timer;
-use sluice_kernels::device::{Device, ManyJob, cuda::Cuda};
 use sluice_kernels::label::LabelPlan;
 use sluice_kernels::slot::CHUNK_TOKENS;
 
 use super::Section;
 use super::outcome::{Outcome, PartOutcome, StepOutcome};
+use super::prefill::prefill;
 use super::replay::{DrawnLanes, Hits, ReplayJob, Rule, replay_drawn};
 use super::scene::{Scene, SparsePlan};
 use super::trace::KeyTrace;
@@ -24,8 +22,6 @@ use crate::statistics::median;
 const READ_BYTES: usize = 4 << 30;
 /// Weights of an 8B model in 16 bits, which every token reads.
 const WEIGHT_BYTES: usize = 16_000_000_000;
-/// Query tokens of a piece of a prompt.
-const PREFILL_QUERIES: [usize; 4] = [16, 64, 256, 512];
 /// Steps before those that are timed.
 const WARM_UP: usize = 3;
 /// Steps of a trace before those that are timed, and those that are timed at least.
@@ -93,7 +89,7 @@ impl<'a> Contest<'a> {
             Section::Trace => self.traced(),
             Section::Sweep => self.sweep(),
             Section::Token => self.tokens(),
-            Section::Prefill => self.prefill(),
+            Section::Prefill => prefill(self.scene, self.rounds, &mut self.outcome),
             Section::Batch => self.batch(),
         }
     }
@@ -419,37 +415,6 @@ impl<'a> Contest<'a> {
             }
             let name = format!("whole token: trace, n/{denominator}, pool of {pool}k, and weights");
             self.outcome.steps.push(StepOutcome::new(&name, &times, None, batch.bytes()));
-        }
-        Ok(())
-    }
-
-    /// Exact attention of a piece of a prompt over a prefix of half the context that lies on the host, a layer at a time.
-    fn prefill(&mut self) -> Result<()> {
-        let geometry = self.scene.geometry();
-        let prefix = self.scene.context / 2;
-        let mut device = Cuda::open(self.scene.gpu.ordinal)?;
-        for count in PREFILL_QUERIES {
-            let (mut times, end) = (Vec::new(), prefix + count);
-            let queries: Vec<f32> = (0..count).flat_map(|token| self.scene.generator.query(0, prefix + token, 0)).collect();
-            let (mut output, mut lse) = (vec![0.0; queries.len()], vec![0.0; count * geometry.heads.query_heads()]);
-            for round in 0..1 + self.rounds {
-                let layer = round % self.scene.shape.layers.len();
-                let pages: Vec<&[u8]> = (0..end.div_ceil(CHUNK_TOKENS)).map(|chunk| self.scene.host.page(layer, chunk)).collect();
-                let job = ManyJob { geometry: &geometry, queries: &queries, first_position: prefix, window: None, pages: &pages };
-                let begin = Instant::now();
-                device.attend_many(&job, &mut output, &mut lse);
-                if round > 0 {
-                    times.push(begin.elapsed().as_secs_f64() * 1e3);
-                }
-            }
-            let layer_ms = median(&times).unwrap_or(0.0);
-            let bytes = end * geometry.heads.lanes() * geometry.row_bytes();
-            self.outcome.parts.push(PartOutcome {
-                contestant: format!("prefill over {prefix} tokens on the host"),
-                part: format!("{count} queries"),
-                layer_us: layer_ms * 1e3,
-                gb_per_s: Some(bytes as f64 / layer_ms / 1e6),
-            });
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 pub mod contest;
 pub mod host;
 pub mod outcome;
+pub mod prefill;
 pub mod recorded;
 pub mod replay;
 pub mod scene;
@@ -49,7 +50,7 @@ pub enum Section {
     Sweep,
     /// A whole token: a step and a pass over the weights of an 8B model.
     Token,
-    /// Pieces of a prompt over a prefix on the host.
+    /// Pieces of a prompt over a prefix on the host, and the rows that they append.
     Prefill,
     /// `--sequences` in one batch; only when asked for.
     Batch,

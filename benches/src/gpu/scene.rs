@@ -9,7 +9,7 @@ use sluice_kernels::device::LayerGeometry;
 use sluice_kernels::device::cuda::Gpu;
 use sluice_kernels::device::cuda::batch::{Batch, BatchLayer, BatchShape};
 use sluice_kernels::device::cuda::compile::Compiler;
-use sluice_kernels::device::cuda::host::{HostPage, HostPart};
+use sluice_kernels::device::cuda::host::{HostPage, HostPart, HostRows};
 use sluice_kernels::device::cuda::seat::{Kept, Seat, SeatShape};
 use sluice_kernels::device::cuda::whole_cache::DoubleBuffer;
 use sluice_kernels::label::{Calibration, Calibrator, LabelCoder, LabelPlan};
@@ -227,6 +227,20 @@ impl Scene<'_> {
         for layer in 0..layers {
             self.fetch_tail(&batch, 0, layer, 0..context / CHUNK_TOKENS)?;
         }
+        Ok(batch)
+    }
+
+    /// A sequence that grows up to `tokens` tokens in the chunks of `host`, of which there are none yet.
+    ///
+    /// # Errors
+    /// Memory that is refused.
+    pub fn growing(&self, tokens: usize, host: &HostRows) -> Result<Batch> {
+        let (layers, tail_chunks) = (self.shape.layers.len(), 4);
+        let plan = LabelPlan::small(self.shape.layers[0].head_dim);
+        let seat = SeatShape { geometry: self.geometry(), plan, layers, max_tokens: tokens, kept: Kept::Pool(0), tail_chunks };
+        let room = Room { slots: 1, max_count: 0, max_entries: tail_chunks * CHUNK_TOKENS, gather_blocks: 1 };
+        let mut batch = self.batch(&seat, &room, None)?;
+        batch.set_host(host)?;
         Ok(batch)
     }
 

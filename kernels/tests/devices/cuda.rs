@@ -3,7 +3,7 @@
 use std::sync::MutexGuard;
 
 use sluice_kernels::device::cuda::Cuda;
-use sluice_kernels::device::cuda::buffer::DeviceBuffer;
+use sluice_kernels::device::cuda::buffer::{DeviceBuffer, PinnedBuffer};
 use sluice_kernels::device::cuda::many::{Many, Piece, Queries, SEGMENT_KEYS};
 use sluice_kernels::device::cuda::streamed::Streamed;
 use sluice_kernels::device::reference::Reference;
@@ -133,6 +133,36 @@ fn no_cut_changes_a_bit() {
     }
 }
 
+/// Pinned pages are copied many in a call, and large queries and results by several threads.
+#[test]
+fn large_pieces_over_pinned_pages_have_the_same_bits() {
+    let Some(mut device) = device() else { return };
+    let tokens = 3 * SEGMENT_KEYS + 77;
+    let mut layer = Layer::new(Shape { lanes: 3, group: 4, dim: 128, tokens, row_type: RowType::F16 }, 21);
+    let query = layer.queries(700);
+    let page_bytes = layer.geometry.page_bytes();
+    let mut pinned = PinnedBuffer::zeroed(device.parts().1.context(), layer.pages.len() * page_bytes).expect("pinned memory");
+    // In another order than that of positions.
+    for (page, room) in layer.pages.iter().rev().zip(pinned.chunks_exact_mut(page_bytes)) {
+        room.copy_from_slice(page);
+    }
+    let pages: Vec<&[u8]> = pinned.chunks_exact(page_bytes).rev().collect();
+    let mut by = |count: usize, pages: &[&[u8]]| {
+        let (mut output, mut lse) = (vec![f32::NAN; query.len()], vec![f32::NAN; query.len() / 128]);
+        let (unit, first_position) = (3 * 4 * 128, tokens - 700);
+        let pieces = query.chunks(count * unit).zip(output.chunks_mut(count * unit)).zip(lse.chunks_mut(count * 12));
+        for (index, ((queries, output), lse)) in pieces.enumerate() {
+            let job = ManyJob { geometry: &layer.geometry, queries, first_position: first_position + index * count, window: None, pages };
+            device.attend_many(&job, output, lse);
+        }
+        (output, lse)
+    };
+    let expected = by(20, &layer.page_slices());
+    assert!(expected.0.iter().chain(&expected.1).all(|x| x.is_finite()));
+    assert!(by(700, &pages) == expected, "one large piece over pinned pages");
+    assert!(by(330, &pages) == expected, "three pieces over pinned pages");
+}
+
 fn at_the_end(device: &mut Cuda, layer: &Layer, query: &[f32], window: Option<usize>) -> (DeviceBuffer<f32>, Queries) {
     let count = query.len() / layer.geometry.heads.query_heads() / layer.shape.dim;
     let buffer = DeviceBuffer::from_slice(device.parts().1, query).expect("queries");
@@ -147,9 +177,12 @@ fn streamed(device: &mut Cuda, layer: &Layer, query: &[f32], window: Option<usiz
     let mut streamed = Streamed::new(modules, stream, &layer.geometry, 1).expect("kernels");
     let output = DeviceBuffer::<f32>::zeroed(stream.context(), query.len()).expect("output");
     let lse = DeviceBuffer::<f32>::zeroed(stream.context(), query.len() / layer.shape.dim).expect("lse");
+    let pages = layer.page_slices();
     // SAFETY: all buffers live until they are read, which waits for the stream.
-    unsafe { streamed.attend(stream, queries, &layer.geometry.scales, &layer.page_slices(), output.address(), lse.address()) }
-        .expect("attention");
+    unsafe {
+        let run = streamed.start(queries.keys(), &pages).expect("copies");
+        run.attend(stream, queries, &layer.geometry.scales, output.address(), lse.address()).expect("attention");
+    }
     fetch(stream, &output, &lse)
 }
 

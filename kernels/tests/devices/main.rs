@@ -1,5 +1,6 @@
 //! Every device does what a naive model says. The models here are written on their own and share no code with the crate.
 
+mod append;
 mod attend;
 mod batch;
 mod calibrator;

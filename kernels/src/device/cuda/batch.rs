@@ -417,6 +417,16 @@ impl Batch {
         self.stream.synchronize().doing("labelling")
     }
 
+    /// What makes the labels of a layer.
+    pub(super) fn labeller(&self, layer: usize) -> &Labeller {
+        &self.layers[layer].labeller
+    }
+
+    /// Where the rows of a layer lie on the host.
+    pub(super) fn host_part(&self, layer: usize) -> &HostPart {
+        &self.layers[layer].host
+    }
+
     /// Copies queries of one layer, `[slot][query head][head_dim]`.
     ///
     /// # Errors

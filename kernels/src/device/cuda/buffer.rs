@@ -414,6 +414,15 @@ pub unsafe fn copy(stream: &CudaStream, to: u64, from: u64, bytes: u64) -> Resul
     unsafe { sys::cuMemcpyAsync(to, from, bytes as usize, stream.cu_stream()) }.result().doing("copying across the link")
 }
 
+/// Whether host memory at `address` is pinned or registered, so that it is copied without the processor.
+pub(super) fn is_pinned(address: *const u8) -> bool {
+    let mut kind = 0u32;
+    let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
+    // SAFETY: `kind` has the four bytes of a memory type and outlives the call, which only compares the address.
+    let result = unsafe { sys::cuPointerGetAttribute((&raw mut kind).cast(), attribute, address as u64) };
+    result.result().is_ok() && kind == sys::CUmemorytype::CU_MEMORYTYPE_HOST as u32
+}
+
 /// An allocation error with what the device has.
 fn refused<'a>(context: &'a Arc<CudaContext>, what: &'static str, bytes: usize) -> impl FnOnce(DriverError) -> CudaError + 'a {
     move |source| {

@@ -181,12 +181,17 @@ constexpr u32 HALF_UNITS = UNITS / 2;
 // A row in shared memory.
 constexpr u32 ROW_STRIDE = (ROW_BYTES + 127) / 128 * 128;
 constexpr u32 TILE_BYTES = KEYS * ROW_STRIDE;
+// Tiles in shared memory: one is worked on, the others are on their way.
+constexpr u32 STAGES = MANY_STAGES;
 // Queries lie part after part.
 constexpr u32 QUERY_PARTS = ROW_TYPE == ROW_BF16 ? 3 : 2;
 constexpr u32 QUERY_STRIDE = (HEAD_DIM * 2 + 127) / 128 * 128;
 constexpr u32 PART_BYTES = ROWS * QUERY_STRIDE;
 constexpr u32 SCORE_TILES = KEYS / 8;
 constexpr u32 OUTPUT_TILES = HEAD_DIM / 8;
+// Whether a warp's queries stay in registers for good, of which they take this many a thread.
+constexpr u32 QUERY_REGISTERS = QUERY_PARTS * HEAD_DIM / 4;
+constexpr bool KEEPS_QUERIES = QUERY_REGISTERS <= 64;
 
 // Units of a row are permuted so that the same unit of eight rows lies in different banks. Strides are multiples of 128 bytes.
 __device__ __forceinline__ u32 permuted(u32 row, u32 unit) {
@@ -304,9 +309,29 @@ struct ThreadRows {
     float maximum[2], sum[2];
 };
 
-__device__ __forceinline__ void scores_of_tile(u32 queries, u32 tile, float (&scores)[SCORE_TILES][4]) {
-    u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    u32 query_row = warp * 16 + lane % 16;
+// A warp's queries as left sides of products, by 16 channels and part.
+struct Queries {
+    u32 fragments[KEEPS_QUERIES ? HEAD_DIM / 16 : 1][QUERY_PARTS][4];
+    u32 address;  // of the warp's row `lane % 16`
+
+    __device__ __forceinline__ void load(u32 place, u32 step) {
+        u32 lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
+#pragma unroll
+        for (u32 part = 0; part < QUERY_PARTS; part++) {
+            load_matrices(fragments[place][part], address + query_unit(part, row, 2 * step + lane / 16));
+        }
+    }
+
+    // The parts of channels `step * 16..`. `step` is known when loops are unrolled.
+    __device__ __forceinline__ const u32 (&of(u32 step))[QUERY_PARTS][4] {
+        if (KEEPS_QUERIES) return fragments[step];
+        load(0, step);
+        return fragments[0];
+    }
+};
+
+__device__ __forceinline__ void scores_of_tile(Queries &queries, u32 tile, float (&scores)[SCORE_TILES][4]) {
+    u32 lane = threadIdx.x % 32;
 #pragma unroll
     for (u32 n = 0; n < SCORE_TILES; n++) {
 #pragma unroll
@@ -320,9 +345,12 @@ __device__ __forceinline__ void scores_of_tile(u32 queries, u32 tile, float (&sc
     for (u32 step = 0; step < HEAD_DIM / 16; step += 2) {
         u32 parts[2][QUERY_PARTS][4];
 #pragma unroll
-        for (u32 part = 0; part < QUERY_PARTS; part++) {
-            load_matrices(parts[0][part], queries + query_unit(part, query_row, 2 * step + lane / 16));
-            load_matrices(parts[1][part], queries + query_unit(part, query_row, 2 * step + 2 + lane / 16));
+        for (u32 half = 0; half < 2; half++) {
+            const u32(&of)[QUERY_PARTS][4] = queries.of(step + half);
+#pragma unroll
+            for (u32 i = 0; i < QUERY_PARTS * 4; i++) {
+                parts[half][i / 4][i % 4] = of[i / 4][i % 4];
+            }
         }
 #pragma unroll
         for (u32 n = 0; n < SCORE_TILES; n += 2) {
@@ -341,11 +369,7 @@ __device__ __forceinline__ void scores_of_tile(u32 queries, u32 tile, float (&sc
 #else
 #pragma unroll
     for (u32 step = 0; step < HEAD_DIM / 16; step++) {
-        u32 parts[QUERY_PARTS][4];
-#pragma unroll
-        for (u32 part = 0; part < QUERY_PARTS; part++) {
-            load_matrices(parts[part], queries + query_unit(part, query_row, 2 * step + lane / 16));
-        }
+        const u32(&parts)[QUERY_PARTS][4] = queries.of(step);
 #pragma unroll
         for (u32 n = 0; n < SCORE_TILES; n += 2) {
             u32 keys[4];
@@ -360,7 +384,9 @@ __device__ __forceinline__ void scores_of_tile(u32 queries, u32 tile, float (&sc
 #endif
 }
 
-// Scores to weights under the rows' running maxima. Gives what the outputs so far are to be multiplied by.
+// Scores to weights under the rows' running maxima. Gives what the outputs so far are to be multiplied by. With `WHOLE` every row of the warp
+// sees every key of the tile.
+template <bool WHOLE>
 __device__ __forceinline__ void weights_of_tile(ThreadRows &rows, u32 first_key, float (&scores)[SCORE_TILES][4], float (&keep)[2]) {
     u32 lane = threadIdx.x % 32;
 #pragma unroll
@@ -371,7 +397,7 @@ __device__ __forceinline__ void weights_of_tile(ThreadRows &rows, u32 first_key,
 #pragma unroll
             for (u32 i = 0; i < 2; i++) {
                 u32 key = first_key + n * 8 + lane % 4 * 2 + i;
-                bool visible = key >= rows.from[half] && key < rows.to[half];
+                bool visible = WHOLE || (key >= rows.from[half] && key < rows.to[half]);
                 float score = visible ? scores[n][2 * half + i] * rows.unscale[half] : minus_infinity();
                 scores[n][2 * half + i] = score;
                 largest = fmaxf(largest, score);
@@ -494,20 +520,32 @@ __device__ __forceinline__ void end_segment(const ManyJob &job, const Block &blo
 extern "C" __global__ void __launch_bounds__(THREADS) attend_many(const ManyJob job) {
     extern __shared__ __align__(128) u8 shared[];
     __shared__ float unscale[ROWS];
-    u32 queries = shared_address(shared), tiles = queries + QUERY_PARTS * PART_BYTES;
+    u32 tiles = shared_address(shared) + QUERY_PARTS * PART_BYTES;
     Block block = block_of(job);
     u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
     u32 tile = block.key_from / KEYS, end = block.key_from < block.key_to ? (block.key_to + KEYS - 1) / KEYS : tile;
-    if (tile < end) {
-        start_tile(job, block, tile, tiles + tile % 2 * TILE_BYTES);
+#pragma unroll
+    for (u32 ahead = 0; ahead + 1 < STAGES; ahead++) {
+        if (tile + ahead < end) {
+            start_tile(job, block, tile + ahead, tiles + (tile + ahead) % STAGES * TILE_BYTES);
+        }
+        end_copy_group();
     }
-    end_copy_group();
     load_queries(job, block, shared, unscale);
     __syncthreads();
+    Queries queries;
+    queries.address = shared_address(shared);
+    if (KEEPS_QUERIES) {
+#pragma unroll
+        for (u32 step = 0; step < HEAD_DIM / 16; step++) {
+            queries.load(step, step);
+        }
+    }
 
     ThreadRows rows;
-    u32 warp_from = 0xFFFFFFFFu, warp_to = 0;
+    // Keys that any row of the warp sees, and those that all of them see.
+    u32 any_from = 0xFFFFFFFFu, any_to = 0, all_from = 0, all_to = 0xFFFFFFFFu;
     for (u32 half = 0; half < 2; half++) {
         u32 row = warp * 16 + half * 8 + lane / 4, query = (block.first_row + row) / GROUP;
         bool valid = row < block.row_count;
@@ -517,12 +555,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_many(const ManyJob 
         rows.maximum[half] = minus_infinity();
         rows.sum[half] = 0.0f;
         if (valid) {
-            warp_from = min(warp_from, rows.from[half]);
-            warp_to = max(warp_to, rows.to[half]);
+            any_from = min(any_from, rows.from[half]);
+            any_to = max(any_to, rows.to[half]);
         }
+        all_from = max(all_from, rows.from[half]);
+        all_to = min(all_to, rows.to[half]);
     }
-    warp_from = __reduce_min_sync(0xFFFFFFFFu, warp_from);
-    warp_to = __reduce_max_sync(0xFFFFFFFFu, warp_to);
+    any_from = __reduce_min_sync(0xFFFFFFFFu, any_from);
+    any_to = __reduce_max_sync(0xFFFFFFFFu, any_to);
+    all_from = __reduce_max_sync(0xFFFFFFFFu, all_from);
+    all_to = __reduce_min_sync(0xFFFFFFFFu, all_to);
 
     float outputs[OUTPUT_TILES][4];
 #pragma unroll
@@ -533,23 +575,32 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_many(const ManyJob 
         }
     }
     for (; tile < end; tile++) {
-        u32 here = tiles + tile % 2 * TILE_BYTES;
-        if (tile + 1 < end) {
-            start_tile(job, block, tile + 1, tiles + (tile + 1) % 2 * TILE_BYTES);
+        wait_copy_groups<STAGES - 2>();
+        // All copies of this tile are there, and nobody works on the one before it any more.
+        __syncthreads();
+        u32 next = tile + STAGES - 1;
+        if (next < end) {
+            start_tile(job, block, next, tiles + next % STAGES * TILE_BYTES);
         }
         end_copy_group();
-        wait_copy_groups<1>();
-        __syncthreads();
+        u32 here = tiles + tile % STAGES * TILE_BYTES, first_key = tile * KEYS;
         // A tile that none of the warp's rows sees would change nothing.
-        if (tile * KEYS < warp_to && (tile + 1) * KEYS > warp_from) {
+        if (first_key < any_to && first_key + KEYS > any_from) {
             float scores[SCORE_TILES][4], keep[2];
             scores_of_tile(queries, here, scores);
-            weights_of_tile(rows, tile * KEYS, scores, keep);
+            if (first_key >= all_from && first_key + KEYS <= all_to) {
+                weights_of_tile<true>(rows, first_key, scores, keep);
+            } else {
+                weights_of_tile<false>(rows, first_key, scores, keep);
+            }
+            // Maxima seldom change, and a product with 1 changes nothing.
+            if (__any_sync(0xFFFFFFFFu, keep[0] != 1.0f || keep[1] != 1.0f)) {
 #pragma unroll
-            for (u32 n = 0; n < OUTPUT_TILES; n++) {
+                for (u32 n = 0; n < OUTPUT_TILES; n++) {
 #pragma unroll
-                for (u32 i = 0; i < 4; i++) {
-                    outputs[n][i] *= keep[i / 2];
+                    for (u32 i = 0; i < 4; i++) {
+                        outputs[n][i] *= keep[i / 2];
+                    }
                 }
             }
             add_values(here, scores, outputs);
@@ -557,7 +608,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend_many(const ManyJob 
         if (job.split == 0 && ((tile + 1) * KEYS % SEGMENT == 0 || tile + 1 == end)) {
             end_segment(job, block, rows, outputs);
         }
-        __syncthreads();
     }
     if (job.split != 0) {
         end_segment(job, block, rows, outputs);

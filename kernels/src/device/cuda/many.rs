@@ -22,6 +22,9 @@ pub const SEGMENT_KEYS: usize = 2048;
 /// Partial results of segments take at most this much device memory; where they would take more, blocks walk the segments in turn.
 const PARTIAL_BYTES: usize = 256 << 20;
 
+/// Tiles of keys in shared memory at a time. With three, or with 128 rows a block, nothing was faster (docs/decisions/0004).
+const STAGES: usize = 2;
+
 /// The first job of many.cu.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
@@ -76,6 +79,8 @@ pub(super) struct Tiles {
     keys: usize,
     /// Threads of a block.
     threads: usize,
+    /// Tiles of keys in shared memory at a time.
+    stages: usize,
     /// Dynamic shared memory.
     shared_bytes: usize,
 }
@@ -86,14 +91,14 @@ impl Tiles {
         // Sixteen query heads, eight threads each; rows are padded by 16 bytes.
         let plain = |rows, keys| {
             let floats = rows * (head_dim + 4) + keys * (2 * head_dim + 4) + rows * keys;
-            Self { rows, keys, threads: 128, shared_bytes: 4 * floats }
+            Self { rows, keys, threads: 128, stages: 1, shared_bytes: 4 * floats }
         };
-        // Sixteen query heads a warp, each in two or three parts of multiples of 128 bytes; tiles of keys are double.
+        // Sixteen query heads a warp, each in two or three parts of multiples of 128 bytes.
         let matrices = |rows, keys| {
             let parts = if row_type == RowType::Bf16 { 3 } else { 2 };
             let row_stride = (2 * head_dim * row_type.element_bytes()).next_multiple_of(128);
             let queries = parts * rows * (2 * head_dim).next_multiple_of(128);
-            Self { rows, keys, threads: 2 * rows, shared_bytes: queries + 2 * keys * row_stride }
+            Self { rows, keys, threads: 2 * rows, stages: STAGES, shared_bytes: queries + STAGES * keys * row_stride }
         };
         let most = match target.capability {
             (8, 0 | 7) => 162 << 10,
@@ -113,11 +118,12 @@ impl Tiles {
     }
 
     /// Options of the compiler.
-    pub(super) fn options(self) -> [String; 4] {
+    pub(super) fn options(self) -> [String; 5] {
         [
             format!("-DMANY_ROWS={}", self.rows),
             format!("-DMANY_KEYS={}", self.keys),
             format!("-DMANY_THREADS={}", self.threads),
+            format!("-DMANY_STAGES={}", self.stages),
             format!("-DMANY_SEGMENT={SEGMENT_KEYS}"),
         ]
     }
@@ -187,8 +193,8 @@ pub struct Many {
     tiles: Tiles,
     attend: Kernel,
     merge: Kernel,
-    /// Blocks that fill the device.
-    enough_blocks: usize,
+    /// Blocks that run at once; none where segments are never attended side by side.
+    resident_blocks: usize,
     state: Carry,
     partial: Carry,
     queries: Option<Queries>,
@@ -204,12 +210,13 @@ impl Many {
         let module = modules.get(Source::Many, &Specialisation::rows(geometry))?;
         let gpu = modules.gpu();
         let tiles = Tiles::new(geometry.head_dim, geometry.row_type, Target { capability: gpu.capability });
+        let attend = module.kernel("attend_many", tiles.shared_bytes)?;
         Ok(Self {
             geometry: geometry.unscaled(),
             tiles,
-            attend: module.kernel("attend_many", tiles.shared_bytes)?,
+            resident_blocks: attend.resident_blocks(tiles.threads)? * gpu.processors as usize,
+            attend,
             merge: module.kernel("merge_segments", 0)?,
-            enough_blocks: 2 * gpu.processors as usize,
             state: Carry::new(gpu)?,
             partial: Carry::new(gpu)?,
             queries: None,
@@ -225,7 +232,7 @@ impl Many {
 
     /// From now on blocks walk the segments of a piece in turn however few they are.
     pub fn never_split(&mut self) {
-        self.enough_blocks = 0;
+        self.resident_blocks = 0;
     }
 
     /// Begins the attention of `queries`, which have seen no key yet, over rows of a layer of these scales.
@@ -263,10 +270,22 @@ impl Many {
         }
         let segments = keys.start / SEGMENT_KEYS..keys.end.div_ceil(SEGMENT_KEYS);
         let blocks = (queries.count * group).div_ceil(self.tiles.rows) * piece.lanes.len();
-        let partial_heads = segments.len() * queries.count * heads.query_heads();
-        let split = blocks < self.enough_blocks && segments.len() > 1 && partial_heads * self.geometry.head_dim * 4 <= PARTIAL_BYTES;
-        let carry = if split {
-            self.partial.fit(partial_heads, self.geometry.head_dim)?;
+        // Segments side by side, as many as partial results have room for, or else all of them in turn.
+        let at_once = (PARTIAL_BYTES / (queries.count * heads.query_heads() * self.geometry.head_dim * 4)).clamp(1, segments.len());
+        let split = self.waves_saved(blocks, at_once);
+        for first in segments.clone().step_by(if split { at_once } else { segments.len() }) {
+            let end = if split { (first + at_once).min(segments.end) } else { segments.end };
+            let keys = keys.start.max(first * SEGMENT_KEYS)..keys.end.min(end * SEGMENT_KEYS);
+            // SAFETY: the caller's promise.
+            unsafe { self.attend_segments(stream, piece, &Segments { keys, range: first..end, blocks, split }) }?;
+        }
+        Ok(())
+    }
+
+    unsafe fn attend_segments(&mut self, stream: &Arc<CudaStream>, piece: &Piece, of: &Segments) -> Result<(), CudaError> {
+        let (queries, heads) = (self.queries.expect("an attention was begun"), self.geometry.heads);
+        let carry = if of.split {
+            self.partial.fit(of.range.len() * queries.count * heads.query_heads(), self.geometry.head_dim)?;
             &self.partial
         } else {
             &self.state
@@ -281,23 +300,29 @@ impl Many {
             query_count: queries.count as u32,
             first_position: queries.first_position as u32,
             window: queries.window.unwrap_or(0) as u32,
-            key_from: keys.start as u32,
-            key_to: keys.end as u32,
+            key_from: of.keys.start as u32,
+            key_to: of.keys.end as u32,
             first_chunk: (piece.keys.start / CHUNK_TOKENS) as u32,
             query_heads: heads.query_heads() as u32,
             first_lane: piece.lanes.start as u32,
             lane_count: piece.lanes.len() as u32,
-            first_segment: segments.start as u32,
-            split: u32::from(split),
+            first_segment: of.range.start as u32,
+            split: u32::from(of.split),
             scale: self.geometry.softmax_scale * std::f32::consts::LOG2_E,
         };
-        let grid = Grid { blocks: [blocks, if split { segments.len() } else { 1 }, 1], threads: self.tiles.threads };
+        let grid = Grid { blocks: [of.blocks, if of.split { of.range.len() } else { 1 }, 1], threads: self.tiles.threads };
         // SAFETY: the state and the partial results are this value's and large enough, the rest is the caller's promise.
         unsafe { self.attend.launch(stream, grid, &job) }?;
-        if split {
-            self.merge(stream, piece.lanes.clone(), Merge { parts: segments.len(), output: 0, lse: 0 })?;
+        if of.split {
+            self.merge(stream, piece.lanes.clone(), Merge { parts: of.range.len(), output: 0, lse: 0 })?;
         }
         Ok(())
+    }
+
+    /// Whether `blocks` blocks a segment end sooner side by side than if each walks all segments.
+    fn waves_saved(&self, blocks: usize, segments: usize) -> bool {
+        let waves = |blocks: usize| blocks.div_ceil(self.resident_blocks.max(1));
+        self.resident_blocks > 0 && waves(blocks * segments) < waves(blocks) * segments
     }
 
     /// Enqueues the outputs: `[query][query_head][head_dim]` and natural log-sum-exps `[query][query_head]`, f32, at device addresses.
@@ -335,6 +360,16 @@ impl Many {
         // SAFETY: state and partial results are this value's; the callers promise the results.
         unsafe { self.merge.launch(stream, Grid { blocks: [blocks, 1, 1], threads: self.geometry.head_dim }, &job) }
     }
+}
+
+/// Segments of a launch.
+struct Segments {
+    keys: Range<usize>,
+    range: Range<usize>,
+    /// Blocks a segment.
+    blocks: usize,
+    /// Whether they are attended side by side.
+    split: bool,
 }
 
 /// What a merge reads and writes beyond the state.

@@ -3,9 +3,11 @@
 //! Layers, from below: `cudarc` binds the driver; `buffer`, `compile` and `module` check what is passed and own what is made; `label` and
 //! `many` know one kernel each. A launch takes one plain-data job, whose size both sides assert.
 
+pub mod append;
 pub mod batch;
 pub mod buffer;
 pub mod compile;
+mod copies;
 pub mod error;
 pub mod host;
 pub mod host_step;
@@ -16,10 +18,12 @@ pub mod module;
 pub mod open;
 mod pipeline;
 pub mod probe;
+pub mod prompt;
 mod ring;
 pub mod seat;
 pub mod staged;
 mod staged_step;
+pub mod staging;
 pub mod step;
 pub mod streamed;
 pub mod timer;

@@ -12,7 +12,7 @@ use super::compile::{CompileError, Compiler, Program, Target};
 use super::error::{CudaError, Doing};
 use super::open::Gpu;
 use super::ring::Rings;
-use super::{jobs, label, many, probe};
+use super::{append, jobs, label, many, probe};
 use crate::device::LayerGeometry;
 use crate::label::LabelPlan;
 use crate::shape::RowType;
@@ -94,6 +94,8 @@ pub enum Source {
     Attend,
     /// Exact attention of many queries.
     Many,
+    /// Rows of tokens to pages.
+    Arrange,
     /// Reads of plain memory.
     Probe,
 }
@@ -110,7 +112,7 @@ const HEADERS: [(&str, &str); 6] = [
 
 impl Source {
     /// Every source.
-    pub const ALL: [Self; 7] = [Self::Label, Self::Score, Self::Select, Self::Hot, Self::Attend, Self::Many, Self::Probe];
+    pub const ALL: [Self; 8] = [Self::Label, Self::Score, Self::Select, Self::Hot, Self::Attend, Self::Many, Self::Arrange, Self::Probe];
 
     /// File name.
     #[must_use]
@@ -122,6 +124,7 @@ impl Source {
             Self::Hot => "hot.cu",
             Self::Attend => "attend.cu",
             Self::Many => "many.cu",
+            Self::Arrange => "arrange.cu",
             Self::Probe => "probe.cu",
         }
     }
@@ -134,6 +137,7 @@ impl Source {
             Self::Hot => include_str!("hot.cu"),
             Self::Attend => include_str!("attend.cu"),
             Self::Many => include_str!("many.cu"),
+            Self::Arrange => include_str!("arrange.cu"),
             Self::Probe => include_str!("probe.cu"),
         }
     }
@@ -143,7 +147,7 @@ impl Source {
     pub fn needs_plan(self) -> bool {
         match self {
             Self::Label | Self::Score => true,
-            Self::Select | Self::Hot | Self::Attend | Self::Many | Self::Probe => false,
+            Self::Select | Self::Hot | Self::Attend | Self::Many | Self::Arrange | Self::Probe => false,
         }
     }
 
@@ -151,6 +155,7 @@ impl Source {
     fn job_bytes(self) -> Vec<(&'static str, usize)> {
         match self {
             Self::Label => vec![("LABEL_JOB_BYTES", size_of::<label::LabelLaunch>())],
+            Self::Arrange => vec![("ARRANGE_JOB_BYTES", size_of::<append::ArrangeJob>())],
             Self::Probe => vec![("READ_JOB_BYTES", size_of::<probe::ReadJob>())],
             Self::Score | Self::Select | Self::Hot | Self::Attend => vec![
                 ("SEQUENCE_STATE_BYTES", size_of::<jobs::SequenceState>()),

@@ -81,4 +81,21 @@ impl Probe {
         stream.synchronize().doing("copying across the link")?;
         Ok(done)
     }
+
+    /// Copies the beginning of device memory over all pieces of all planes of `host`, which is registered for writing, and waits. The rows
+    /// there are gone then.
+    ///
+    /// # Errors
+    /// Memory that the device does not have, or a copy that the driver refuses.
+    pub fn copy_to_host(stream: &Arc<CudaStream>, from: &DeviceBuffer<u8>, host: &HostRows, planes: usize) -> Result<u64, CudaError> {
+        let mut done = 0;
+        for (to, bytes) in (0..planes).flat_map(|plane| host.pieces(plane)) {
+            let bytes = bytes.min(from.bytes() as u64);
+            // SAFETY: the piece is registered while `host` lives and the buffer is borrowed, both until the stream has been waited for.
+            unsafe { copy(stream, to, from.address(), bytes)? };
+            done += bytes;
+        }
+        stream.synchronize().doing("copying across the link")?;
+        Ok(done)
+    }
 }

@@ -247,6 +247,16 @@ impl Seat {
         stream.synchronize().doing("copying labels")
     }
 
+    /// Labels of a chunk in a layer, `lanes x 256 x label_bytes`. Waits.
+    ///
+    /// # Errors
+    /// A failed copy.
+    pub fn read_labels(&self, stream: &Arc<CudaStream>, layer: usize, chunk: usize) -> Result<Vec<u8>, CudaError> {
+        let mut page = vec![0; self.shape.label_page_bytes()];
+        self.layers[layer].labels.read(stream, chunk * page.len(), &mut page)?;
+        Ok(page)
+    }
+
     /// Device address of the pages from the horizon on: chunk c lies at page `c % tail_chunks`.
     #[must_use]
     pub fn tail_address(&self, layer: usize) -> u64 {

@@ -13,6 +13,7 @@ use super::many::Queries;
 use super::module::{Modules, Source, Specialisation};
 use super::open::Gpu;
 use super::staged_step;
+use super::staging::Staging;
 use super::streamed::{PIECE_BYTES, Streamed};
 use crate::device::{AttendJob, Device, LabelJob, LayerGeometry, ManyJob, ScoreJob, SelectJob, StepJob, StepResult, StepTimes};
 
@@ -26,6 +27,7 @@ pub struct Cuda {
     modules: Modules,
     stream: Arc<CudaStream>,
     streamed: Vec<(LayerGeometry, Streamed)>,
+    staging: Staging,
     rows: DeviceBuffer<u8>,
     labels: DeviceBuffer<u8>,
     queries: DeviceBuffer<f32>,
@@ -46,6 +48,7 @@ impl Cuda {
             name: format!("cuda:{ordinal} ({}, sm_{}{})", gpu.name, gpu.capability.0, gpu.capability.1),
             stream: context.new_stream().doing("making a stream")?,
             streamed: Vec::new(),
+            staging: Staging::new(&context)?,
             rows: DeviceBuffer::uninitialised(&context, 0)?,
             labels: DeviceBuffer::uninitialised(&context, 0)?,
             queries: DeviceBuffer::uninitialised(&context, 0)?,
@@ -95,12 +98,14 @@ impl Cuda {
         self.queries.fit(job.queries.len())?;
         self.outputs.fit(output.len())?;
         self.lse.fit(lse.len())?;
-        self.queries.write(&self.stream, 0, job.queries)?;
         let queries = Queries { address: self.queries.address(), count, first_position: job.first_position, window: job.window };
+        // SAFETY: the pages are borrowed until the copies below have waited for the stream.
+        let run = unsafe { self.streamed[index].1.start(queries.keys(), job.pages) }?;
+        self.staging.upload(&self.stream, job.queries, &self.queries)?;
         // SAFETY: all buffers are this value's, and the copies below wait for the stream, on which the attention waits for its copies.
-        unsafe { self.streamed[index].1.attend(&self.stream, queries, scales, job.pages, self.outputs.address(), self.lse.address()) }?;
-        self.outputs.read(&self.stream, 0, output)?;
-        self.lse.read(&self.stream, 0, lse)
+        unsafe { run.attend(&self.stream, queries, scales, self.outputs.address(), self.lse.address()) }?;
+        self.staging.download(&self.stream, &self.outputs, output)?;
+        self.staging.download(&self.stream, &self.lse, lse)
     }
 }
 
