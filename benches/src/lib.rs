@@ -9,6 +9,8 @@ pub mod generate;
 pub mod generator;
 pub mod gpu;
 #[cfg(feature = "model")]
+pub mod look_ahead;
+#[cfg(feature = "model")]
 pub mod model;
 #[cfg(feature = "model")]
 pub mod perplexity;

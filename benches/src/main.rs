@@ -36,6 +36,9 @@ enum Command {
     /// Record queries, keys and selections of a real model.
     #[cfg(feature = "model")]
     Record(sluice_bench::record::RecordArguments),
+    /// Say what looking ahead, by queries that the layer before predicts, buys beyond a pool of hot rows.
+    #[cfg(feature = "model")]
+    LookAhead(sluice_bench::look_ahead::LookAheadArguments),
 }
 
 fn main() -> Result<()> {
@@ -52,5 +55,7 @@ fn main() -> Result<()> {
         Command::Perplexity(arguments) => sluice_bench::perplexity::run(&arguments),
         #[cfg(feature = "model")]
         Command::Record(arguments) => sluice_bench::record::run(&arguments),
+        #[cfg(feature = "model")]
+        Command::LookAhead(arguments) => sluice_bench::look_ahead::run(&arguments),
     }
 }

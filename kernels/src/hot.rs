@@ -28,6 +28,12 @@ pub struct HotCounts {
     pub misses: u64,
 }
 
+/// What became of the rows that were not in the pool.
+struct Brought {
+    misses: usize,
+    fetched: usize,
+}
+
 /// One lane's map.
 #[derive(Debug, Default)]
 struct HotLane {
@@ -72,15 +78,25 @@ impl HotPool {
     /// did not select, lowest key first, of equal keys the highest position first; misses are taken in by position. Rows without a place
     /// stay cold. Writes one slot per position, or [`HotRows::COLD`].
     pub fn resolve(&mut self, lane: usize, positions: &[u32], keys: &[u16], fetch: &HotFetch, slots: &mut [u32]) {
+        let misses = self.bring(lane, positions, keys, fetch, slots).misses;
+        self.counts.misses += misses as u64;
+        self.counts.hits += (positions.len() - misses) as u64;
+    }
+
+    /// The same for rows that a step is only expected to select: it counts neither hits nor misses. Returns how many rows were fetched.
+    pub fn fetch_ahead(&mut self, lane: usize, positions: &[u32], keys: &[u16], fetch: &HotFetch) -> usize {
+        self.bring(lane, positions, keys, fetch, &mut vec![HotRows::COLD; positions.len()]).fetched
+    }
+
+    fn bring(&mut self, lane: usize, positions: &[u32], keys: &[u16], fetch: &HotFetch, slots: &mut [u32]) -> Brought {
         assert_eq!(positions.len(), slots.len(), "one slot a position");
         let map = &mut self.lanes[lane];
         for (&position, slot) in positions.iter().zip(slots.iter_mut()) {
             *slot = map.slot_of.get(&position).copied().unwrap_or(HotRows::COLD);
         }
         let misses = slots.iter().filter(|&&slot| slot == HotRows::COLD).count();
-        self.counts.misses += misses as u64;
-        self.counts.hits += (positions.len() - misses) as u64;
         map.make_room(positions, keys, misses);
+        let mut fetched = 0;
         for (&position, slot) in positions.iter().zip(slots.iter_mut()) {
             if *slot != HotRows::COLD {
                 continue;
@@ -91,7 +107,9 @@ impl HotPool {
             self.rows[place as usize * self.row_bytes..][..self.row_bytes].copy_from_slice(from);
             map.slot_of.insert(position, place);
             *slot = place;
+            fetched += 1;
         }
+        Brought { misses, fetched }
     }
 
     /// Forgets every row from `length` on, as truncating a sequence does.

@@ -1,5 +1,7 @@
 //! A holder's view of a sequence: what it reads, and what a step gives, does not depend on where rows lie.
 
+#[path = "sequence/look_ahead.rs"]
+mod look_ahead;
 mod support;
 
 use rand::rngs::StdRng;
@@ -37,17 +39,20 @@ fn report(decoder: &mut Decoder, sequence: &mut Sequence, layer: usize, position
 
 /// Output and log-sum-exps, and the costs, of a query that is a hash of its position.
 fn stepped(decoder: &mut Decoder, sequence: &mut Sequence, layer: usize, position: usize, attend: Attend) -> (Vec<f32>, StepReport) {
-    let geometry = sequence.part(layer).geometry;
-    let lanes = sequence.part(layer).lanes;
-    let group = geometry.heads.group();
-    let first_head = lanes.start * group;
-    let heads = geometry.heads.query_heads();
-    let queries: Vec<f32> = (0..heads * 64).map(|index| value(90 + layer, first_head + index / 64, position, index % 64)).collect();
+    let heads = sequence.part(layer).geometry.heads.query_heads();
+    let queries = query(sequence, layer, position);
     let (mut output, mut lse) = (vec![0.0; heads * 64], vec![0.0; heads]);
     let mut request = StepRequest { sequence, first_position: position, queries: &queries, attend, output: &mut output, lse: &mut lse };
     let report = decoder.step_one(layer, &mut request).expect("step");
     output.extend(lse);
     (output, report)
+}
+
+fn query(sequence: &Sequence, layer: usize, position: usize) -> Vec<f32> {
+    let part = sequence.part(layer);
+    let first_head = part.lanes.start * part.geometry.heads.group();
+    let values = part.geometry.heads.query_heads() * 64;
+    (0..values).map(|index| value(90 + layer, first_head + index / 64, position, index % 64)).collect()
 }
 
 fn all_layers(decoder: &mut Decoder, sequence: &mut Sequence, position: usize, attend: Attend) -> Vec<Vec<f32>> {

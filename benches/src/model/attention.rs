@@ -48,6 +48,20 @@ pub trait AttentionLayers {
     /// The rows cannot be kept or attended.
     fn attend(&mut self, piece: &Piece<'_>, out: &mut [f32]) -> Result<()>;
 
+    /// Whether [`AttentionLayers::predicted`] is to be called.
+    fn wants_predictions(&self) -> bool {
+        false
+    }
+
+    /// Gives the queries (`[token][query_head][d]`) of a full-attention layer that comes after the next one, as the hidden state before the
+    /// next one predicts them: through the layer's own norms, query projection and rotation (Double Sparsity, section 3.4).
+    ///
+    /// # Errors
+    /// They cannot be used.
+    fn predicted(&mut self, _layer: usize, _first_position: usize, _tokens: usize, _queries: &[f32]) -> Result<()> {
+        Ok(())
+    }
+
     /// Ends the piece: all layers have been attended, its tokens count.
     ///
     /// # Errors

@@ -78,17 +78,27 @@ impl Block {
         Ok(())
     }
 
-    fn attend(&self, input: &[f32], place: Place<'_>, attention: &mut dyn AttentionLayers) -> Result<Vec<f32>> {
+    /// The queries that this block would ask if `stream` (`[token][hidden]`) were what comes to it.
+    pub(crate) fn queries(&self, stream: &[f32], angles: &Angles) -> Result<Vec<f32>> {
+        self.queries_of(&self.attention_norm.of(stream), angles)
+    }
+
+    fn queries_of(&self, input: &[f32], angles: &Angles) -> Result<Vec<f32>> {
         let mut queries = self.query.forward(input)?;
-        let mut keys = self.key.forward(input)?;
-        let values = self.value.forward(input)?;
         if let Some(norm) = &self.query_norm {
             norm.apply(&mut queries);
         }
+        angles.turn(&mut queries, self.query_heads);
+        Ok(queries)
+    }
+
+    fn attend(&self, input: &[f32], place: Place<'_>, attention: &mut dyn AttentionLayers) -> Result<Vec<f32>> {
+        let queries = self.queries_of(input, place.angles)?;
+        let mut keys = self.key.forward(input)?;
+        let values = self.value.forward(input)?;
         if let Some(norm) = &self.key_norm {
             norm.apply(&mut keys);
         }
-        place.angles.turn(&mut queries, self.query_heads);
         place.angles.turn(&mut keys, self.kv_heads);
         let mut out = vec![0f32; queries.len()];
         let piece = Piece {

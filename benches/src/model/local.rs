@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use sluice_kernels::budget::Settings;
-use sluice_kernels::decoder::{Decoder, StepReport, StepRequest};
+use sluice_kernels::decoder::{Decoder, LookAhead, StepReport, StepRequest};
 use sluice_kernels::device::{DeviceKind, open};
 use sluice_kernels::label::Calibration;
 use sluice_kernels::sequence::{Sequence, SequenceFiles};
@@ -65,6 +65,29 @@ impl LocalSteps {
         })?;
         sequence.refresh()?;
         Ok(Self { sequence, decoder: Decoder::new(open(options.device, options.threads)?) })
+    }
+
+    /// Keeps up to `rows_per_lane` fetched rows of every full-attention layer between steps.
+    pub fn set_hot_rows(&mut self, rows_per_lane: usize) {
+        self.sequence.set_hot_rows(rows_per_lane);
+    }
+
+    /// Stores rows of one layer, `[lane][token][row bytes]`, that nobody attends yet; tokens whose rows are all there are committed.
+    ///
+    /// # Errors
+    /// They have no place.
+    pub fn append(&mut self, layer: usize, first_position: usize, rows: &[u8]) -> Result<()> {
+        self.sequence.append(layer, first_position, rows)?;
+        self.sequence.commit();
+        Ok(())
+    }
+
+    /// Fetches what a step with a predicted query would select ([`Decoder::look_ahead`]).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn look_ahead(&mut self, layer: usize, position: usize, query: &[f32]) -> Result<LookAhead> {
+        Ok(self.decoder.look_ahead(layer, &mut self.sequence, position, query)?)
     }
 }
 

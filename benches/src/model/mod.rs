@@ -44,7 +44,7 @@ pub use tokenizer::Tokenizer;
 use block::{Block, Place};
 use head::Head;
 use norm::Norm;
-use rotary::Rotary;
+use rotary::{Angles, Rotary};
 
 /// Tokens of a prefill piece.
 pub const PREFILL_TOKENS: usize = 512;
@@ -169,6 +169,7 @@ impl Model {
         let mut stream = self.head.embed(token_ids)?;
         attention.begin(token_ids, phase)?;
         for (layer, block) in self.blocks.iter().enumerate() {
+            self.predict(layer + 1, &stream, &global, first_position, attention)?;
             let angles = if self.config.layers[layer].kind == LaneKind::Selected { &global } else { &window };
             let place = Place { first_position, tokens, phase, angles };
             block.forward(&mut stream, place, attention).with_context(|| format!("layer {layer}"))?;
@@ -176,6 +177,23 @@ impl Model {
         attention.commit()?;
         self.final_norm.apply(&mut stream);
         Ok(Hidden { rows: stream, width: self.config.hidden })
+    }
+
+    /// Tells the attention layers what a full-attention layer would be asked if `stream` came to it.
+    fn predict(
+        &self,
+        layer: usize,
+        stream: &[f32],
+        angles: &Angles,
+        first_position: usize,
+        attention: &mut dyn AttentionLayers,
+    ) -> Result<()> {
+        let Some(of_layer) = self.config.layers.get(layer) else { return Ok(()) };
+        if of_layer.kind != LaneKind::Selected || !attention.wants_predictions() {
+            return Ok(());
+        }
+        let queries = self.blocks[layer].queries(stream, angles)?;
+        attention.predicted(layer, first_position, stream.len() / self.config.hidden, &queries)
     }
 
     /// Runs tokens in pieces and hands out the hidden states of each, in order.

@@ -135,6 +135,35 @@ fn a_trace_holds_what_decode_steps_selected() {
 }
 
 #[test]
+fn looking_ahead_is_counted_in_rows() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let gguf = tiny("gemma3", 35, folder.path());
+    let text = write_ids(folder.path(), "text.json", &random_ids(1100));
+    let model = Model::load(&gguf, Weights::F32).expect("the model");
+    let plan = LabelPlan::large(64);
+    let labels = calibrate(&model, &plan, &random_ids(300), &mut |_| ()).expect("a calibration").labels;
+    let calibration = folder.path().join("calibration.json");
+    std::fs::write(&calibration, serde_json::to_vec(&labels).expect("JSON")).expect("a file");
+    let mut command = bench();
+    command.arg("look-ahead").arg("--gguf").arg(&gguf).arg("--ids").arg(&text).args(["--tokens", "1100", "--steps", "9", "--warm-up", "2"]);
+    command.arg("--calibration").arg(&calibration).args(["--pool", "1", "--pool", "3", "--ratio", "1/8", "--format", "json"]);
+    let found = json(&mut command);
+    // 1,100 tokens, 256 of them exact: the horizon is 768, of which at least 256 are selected.
+    assert_eq!((found["steps"].as_u64(), found["selected"].as_u64(), &found["layers"]), (Some(7), Some(256), &serde_json::json!([5])));
+    let agreement = found["agreement"][0].as_f64().expect("a number");
+    assert!(agreement > 256.0 / 768.0 && agreement < 1.0, "better than chance: {found}");
+    for outcome in found["outcomes"].as_array().expect("one of each pool") {
+        let [missed, after, ahead, extra] =
+            ["missed", "missed_after", "ahead", "extra"].map(|key| outcome[key][0].as_f64().expect("a number"));
+        assert!(missed > 0.0 && ahead > 0.0 && (after + ahead - missed - extra).abs() < 1e-9, "{outcome}");
+        if outcome["pool"] == 1 {
+            // A pool of k holds what was predicted, and nothing else; there are two lanes.
+            assert!((after - 512.0 * (1.0 - agreement)).abs() < 1e-6, "{outcome}, {agreement}");
+        }
+    }
+}
+
+#[test]
 fn bad_flags_are_refused_by_name() {
     let folder = tempfile::tempdir().expect("a folder");
     let gguf = tiny("qwen2", 34, folder.path());

@@ -4,6 +4,7 @@
 //! horizon follows from p + 1 alone, wherever rows and labels happen to lie.
 
 mod fidelity;
+mod look_ahead;
 mod resident;
 
 use std::ops::Range;
@@ -22,6 +23,7 @@ use crate::shape::LaneKind;
 use crate::slot::CHUNK_TOKENS;
 
 pub use fidelity::fidelity_digest;
+pub use look_ahead::LookAhead;
 use resident::ResidentDecoder;
 pub use resident::{DeviceLimits, Resident};
 
