@@ -20,8 +20,8 @@ pub struct LookAhead {
 
 impl Decoder {
     /// Fetches into the hot rows of a full-attention layer what a step at `position` would select with `query`, `[own query head][head_dim]`,
-    /// which the caller has predicted. Rows of the step's own token need not be written. Without hot rows, where nothing is selected,
-    /// and on devices that keep sequences, nothing happens.
+    /// which the caller has predicted. Rows of the step's own token need not be written. Without hot rows, and where nothing is selected,
+    /// nothing happens. The rows are there when this returns; on a GPU it reads them beside what the caller has enqueued there before.
     ///
     /// # Errors
     /// A layer without a selection, a query that does not fit or cannot be scored, rows before the horizon that are missing or cannot be
@@ -43,13 +43,16 @@ impl Decoder {
         if plan.horizon > written {
             return Err(StepError::NotWritten { layer, end: plan.horizon, written });
         }
-        if plan.count == 0 || self.resident.is_some() {
+        if plan.count == 0 {
             return Ok(LookAhead::default());
         }
         sequence.open().start_step();
         let query = Query { position, values: query, output: &mut [], lse: &mut [] };
         let mut item = Item { sequence, part: &part, plan, query };
-        let result = self.fetch_ahead(layer, &mut item);
+        let result = match &mut self.resident {
+            Some(resident) => resident.look_ahead(layer, &mut item).map(Option::unwrap_or_default),
+            None => self.fetch_ahead(layer, &mut item),
+        };
         item.sequence.open().complete_step();
         result
     }

@@ -1,17 +1,11 @@
 //! Looking ahead brings rows, and never changes a result.
 
 use sluice_kernels::decoder::{Attend, Decoder, LookAhead, StepError, StepReport};
-use sluice_kernels::device::{DeviceKind, open};
+use sluice_kernels::device::open;
 use sluice_kernels::sequence::Sequence;
-use sluice_kernels::shape::RowType;
 
 use crate::support::{TestDaemon, calibration, shape_of};
-use crate::{ROW_TYPES, SPARSE, append, query, rows, stepped};
-
-/// Every device that reads rows where they lie, with every type of rows.
-fn everything() -> Vec<(DeviceKind, RowType)> {
-    DeviceKind::EVERYWHERE.into_iter().flat_map(|kind| ROW_TYPES.map(|row_type| (kind, row_type))).collect()
-}
+use crate::{SPARSE, append, everything, query, rows, stepped};
 
 /// What a sequence is told before its steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,6 +8,7 @@ mod files;
 mod group;
 mod layer;
 mod limits;
+mod look_ahead;
 mod state;
 mod step;
 

@@ -12,21 +12,21 @@ use crate::device::cuda::host_step::LayerWork;
 use crate::slot::CHUNK_TOKENS;
 
 /// A sequence that is up to date; its state is the step's until that has succeeded, so that a failed one leaves none half-way.
-struct Ready {
+pub(super) struct Ready {
     /// Among the items.
     index: usize,
-    resident: Box<Resident>,
+    pub(super) resident: Box<Resident>,
     /// Of the resident's parts.
-    part: usize,
-    launch: Launch,
+    pub(super) part: usize,
+    pub(super) launch: Launch,
 }
 
 /// What sequences of one launch have in common.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Launch {
-    group: usize,
+pub(super) struct Launch {
+    pub(super) group: usize,
     /// Layer in the group.
-    layer: usize,
+    pub(super) layer: usize,
     work: LayerWork,
 }
 
@@ -71,7 +71,7 @@ impl ResidentDecoder {
     }
 
     /// Brings what the device has of a sequence up to date.
-    fn prepare(&mut self, layer: usize, index: usize, item: &mut Item<'_>) -> Result<Option<Ready>, StepError> {
+    pub(super) fn prepare(&mut self, layer: usize, index: usize, item: &mut Item<'_>) -> Result<Option<Ready>, StepError> {
         let (plan, position) = (&item.plan, item.query.position);
         if !item.sequence.is_calibrated() || (plan.count == 0 && streams(item.sequence, position)) {
             return Ok(None);
@@ -112,7 +112,7 @@ impl ResidentDecoder {
             set_input(group, slot, layer, item)?;
             let length = item.query.position + 1;
             match launch.work {
-                LayerWork::Sparse => {
+                LayerWork::Sparse | LayerWork::Ahead => {
                     group.step.batch_mut().set_length(slot, length, &item.sequence.settings(), None)?;
                     self.last = Some((launch.group, slot));
                 }

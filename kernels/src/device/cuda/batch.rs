@@ -535,6 +535,16 @@ impl Batch {
         unsafe { self.pipeline.dense_layer(&self.jobs[layer][slots]) }
     }
 
+    /// Enqueues one layer of a sparse step of some slots up to the rows that are missing, without attention.
+    ///
+    /// # Errors
+    /// A failed launch.
+    pub fn enqueue_fetch(&self, layer: usize, slots: Range<usize>) -> Result<(), CudaError> {
+        // SAFETY: as above.
+        let fetch = |job: &StepJob| (0..3).try_for_each(|part| unsafe { self.pipeline.part(part, job) });
+        self.jobs[layer][slots].iter().try_for_each(fetch)
+    }
+
     /// Enqueues one part of one layer of a sparse step of every slot: 0 score, 1 select, 2 gather, 3 attend. For benches that time them one
     /// by one.
     ///

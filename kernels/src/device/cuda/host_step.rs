@@ -18,6 +18,8 @@ pub enum LayerWork {
     Sparse,
     /// Attends the rows from the horizon on: for steps that select nothing.
     Exact,
+    /// Scores, selects and fetches: what a step with the same query would then find. Outputs are those of before.
+    Ahead,
 }
 
 /// A captured layer.
@@ -131,6 +133,7 @@ impl HostStep {
             let graph = self.batch.capture(|| match work {
                 LayerWork::Sparse => self.batch.enqueue_layer(layer, slots.clone()),
                 LayerWork::Exact => self.batch.enqueue_dense_layer(layer, slots.clone()),
+                LayerWork::Ahead => self.batch.enqueue_fetch(layer, slots.clone()),
             })?;
             self.graphs.insert(key, LayerGraph(graph));
         }
