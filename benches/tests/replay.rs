@@ -4,7 +4,7 @@ use std::process::Command;
 
 use serde_json::Value;
 use sluice_bench::generator::Random;
-use sluice_bench::gpu::replay::{DrawnLanes, Hits, Pool, ReplayJob, Rule, replay, replay_drawn};
+use sluice_bench::gpu::replay::{DrawnLanes, Hits, Pool, ReplayJob, Rule, replay, replay_drawn, replay_resized};
 use sluice_bench::gpu::trace::{KeyTrace, SourceLane, TraceOrigin};
 use sluice_kernels::label::LabelPlan;
 
@@ -38,6 +38,60 @@ fn a_case_computed_by_hand() {
         assert_eq!(steps.map(|keys| pool.step(&keys)), expected, "{rule:?}");
         assert_eq!(pool.step(&[0, 0, 0, 0, 9, 8]), 1, "{rule:?}: 4 is held, 5 never was");
     }
+}
+
+#[test]
+fn a_pool_that_gives_rows_away_forgets_a_like_share_of_them() {
+    let mut pool = Pool::new(16, 48, Rule::LowestKey);
+    let keys = |first: usize| (0..256).map(|row| u16::from((first..first + 16).contains(&row))).collect::<Vec<u16>>();
+    let sets = [0, 100, 200].map(keys);
+    let all_hits = |pool: &mut Pool| sets.iter().map(|keys| pool.step(keys)).sum::<usize>();
+    assert_eq!((all_hits(&mut pool), all_hits(&mut pool)), (0, 48));
+    pool.resize(96);
+    assert_eq!(all_hits(&mut pool), 48, "a larger pool forgets nothing");
+    // A third of the rows goes, and what is missed comes back in place of the lowest keys, of which all but the step's own are equal.
+    pool.resize(64);
+    let hits: Vec<usize> = sets.iter().map(|keys| pool.step(keys)).collect();
+    assert_eq!(hits.iter().sum::<usize>(), 32, "{hits:?}");
+    assert!(hits.iter().all(|hits| (6..16).contains(hits)), "by chance from all sets: {hits:?}");
+    assert_eq!(all_hits(&mut pool), 48, "64 rows hold them all");
+    pool.resize(16);
+    assert!(pool.step(&sets[0]) < 16 && pool.step(&sets[0]) == 16, "room for one set, and chance chose which rows stay");
+}
+
+#[test]
+fn pools_that_move_follow_the_misses() {
+    // Layer 0 goes round three sets of 16 rows, layer 1 stays where it is. Pools of two sets are one too few, and one too many.
+    let keys = trace(256, 160, 2, |step, layer, row| {
+        let first = if layer == 0 { 40 * (step % 3) } else { 200 };
+        u16::from((first..first + 16).contains(&row))
+    });
+    let job = ReplayJob { selected: 16, capacity: 32, rule: Rule::LowestKey, warm_up: 120, steps: 160 };
+    let drawn = DrawnLanes { layers: 2, lanes: 1 };
+    let equal = replay_drawn(&keys, &job, drawn);
+    assert!(equal[0].rate() < 0.7 && equal[1].rate() == 1.0, "{equal:?}");
+    // By hand, after step 99.
+    let resized = replay_resized(&keys, &job, drawn, |step, counts| {
+        assert!(counts.len() == 2 && counts.iter().all(|counts| counts[0] + counts[1] == 16), "{counts:?}");
+        (step == 99).then(|| vec![48, 16])
+    });
+    assert!(resized.iter().all(|hits| hits.rate() == 1.0), "{resized:?}");
+    // By the command, as a decoder moves them.
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("keys");
+    keys.write(&path).expect("writes");
+    let run = |rows: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sluice-bench"));
+        let command = command.args(["replay", "--ratio", "1/16", "--pool", "2", "--warm-up", "120", "--drawn-layers", "2"]);
+        let output = command.args(["--drawn-lanes", "1", "--format", "json", "--moving-rows", rows, "--trace"]).arg(&path).output();
+        let report: Value = serde_json::from_slice(&output.expect("sluice-bench starts").stdout).expect("JSON");
+        report["results"][0].clone()
+    };
+    assert_eq!(run("0")["hit_rate_by_layer"], serde_json::json!([equal[0].rate(), 1.0]));
+    let moved = run("1");
+    assert!(moved["hit_rate_by_layer"][0].as_f64() > Some(0.95) && moved["hit_rate_by_layer"][1].as_f64() > Some(0.95), "{moved}");
+    let pools = [0, 1].map(|layer| moved["pool_by_layer"][layer].as_f64().expect("a pool"));
+    assert!(pools[0] >= 3.0 - 1.0 / 16.0 && pools[1] >= 1.0 && pools[0] + pools[1] == 4.0, "{moved}");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use sluice_kernels::budget::{Budget, Settings};
 use sluice_kernels::decoder::{Attend, Decoder, StepError, StepReport, StepRequest};
-use sluice_kernels::device::open;
+use sluice_kernels::device::{DeviceKind, open};
 use sluice_kernels::sequence::Sequence;
 use sluice_kernels::shape::ModelShape;
 use support::{ROW_TYPES, TestDaemon, calibration, device_kinds, rows, shape, shape_of, value};
@@ -159,6 +159,47 @@ fn hot_rows_of_a_batch_are_each_sequences_own() {
             answers.push(by_seed);
         }
         assert!(answers[0] == answers[1] && answers[1] == answers[2], "{kind}: the same answers");
+    }
+}
+
+#[test]
+fn hot_places_move_to_the_lanes_that_miss_and_no_bit_changes() {
+    for kind in device_kinds() {
+        let mut decoder = Decoder::new(open(kind, 2).expect("device"));
+        let mut members = [0, 0].map(|seed| Member::new(seed, 2600, &shape()));
+        // The second one has places for what it may select and no more, so it has none to move.
+        members[0].sequence.set_hot_rows(640);
+        members[1].sequence.set_hot_rows(SPARSE.selected_tokens(2600));
+        let mut rng = StdRng::seed_from_u64(8);
+        let lanes = members[0].sequence.part(0).lanes.len();
+        let (mut before, mut after) = (0, 0);
+        for round in 0..64 {
+            for layer in [0, 2] {
+                let mut asked = [0, 1].map(|member| Asked::new(&members[member], layer, 1, Attend::Sparse));
+                // Lane 0 asks the same again, which is hot; the others ask anew.
+                let own = asked[0].queries.len() / lanes;
+                asked[0].queries[own..].iter_mut().for_each(|x| *x = rng.random_range(-1.0..1.0));
+                asked[1].queries = asked[0].queries.clone();
+                let [first, second] = &mut members;
+                let [ask, twin] = &mut asked;
+                let hot = decoder.step_one(layer, &mut ask.request(&mut first.sequence)).expect("a step").hot_rows;
+                decoder.step_one(layer, &mut twin.request(&mut second.sequence)).expect("a step");
+                assert!(ask.output == twin.output && ask.lse == twin.lse, "{kind}, round {round}, layer {layer}");
+                *(if round < 8 { &mut before } else { &mut after }) += hot;
+            }
+        }
+        let places = members[0].sequence.hot_places();
+        if matches!(kind, DeviceKind::Cuda { .. }) {
+            assert_eq!((places.len(), places.iter().sum::<usize>()), (2 * lanes, 2 * lanes * 640), "no place is lost");
+            for layer in places.chunks_exact(lanes) {
+                assert!(layer[0] < 640 && layer[1..].iter().all(|&places| places > 640), "{places:?}");
+            }
+            let others = members[1].sequence.hot_places();
+            assert!(others[0] < 640 && others.iter().all(|&places| places == others[0]), "nothing to move: {others:?}");
+        } else {
+            assert!(places.is_empty(), "{kind}: pools of the processor stay as they are");
+        }
+        assert!(before > 0 && after > 7 * before, "{kind}: {before} hits in 8 rounds, {after} in 56");
     }
 }
 

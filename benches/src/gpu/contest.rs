@@ -1,10 +1,15 @@
 //! The contestants' steps, timed.
 
-use anyhow::Result;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
 use sluice_kernels::budget::{Budget, Settings};
+use sluice_kernels::decoder::balance::{Balance, BlockBounds};
 use sluice_kernels::device::cuda::batch::Batch;
 use sluice_kernels::device::cuda::buffer::DeviceBuffer;
+use sluice_kernels::device::cuda::jobs::POOL_BLOCK;
 use sluice_kernels::device::cuda::probe::Probe;
+use sluice_kernels::device::cuda::seat::Kept;
 use sluice_kernels::device::cuda::timer::Timer;
 use sluice_kernels::label::LabelPlan;
 use sluice_kernels::slot::CHUNK_TOKENS;
@@ -12,7 +17,7 @@ use sluice_kernels::slot::CHUNK_TOKENS;
 use super::Section;
 use super::outcome::{Outcome, PartOutcome, StepOutcome};
 use super::prefill::prefill;
-use super::replay::{DrawnLanes, Hits, ReplayJob, Rule, replay_drawn};
+use super::replay::{DrawnLanes, Hits, ReplayJob, Rule, replay_resized};
 use super::scene::{Scene, SparsePlan};
 use super::trace::KeyTrace;
 use crate::report::show_progress;
@@ -27,6 +32,27 @@ const WARM_UP: usize = 3;
 /// Steps of a trace before those that are timed, and those that are timed at least.
 const TRACE_WARM_UP: usize = 32;
 const TRACE_ROUNDS: usize = 48;
+
+/// The same where pools move between lanes, which they do before as well.
+const MOVING_WARM_UP: usize = 64;
+
+/// Pools of the lanes of a traced step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pools {
+    /// All as large as each other.
+    Equal,
+    /// Moving between lanes by measured misses, as a decoder moves them.
+    Moving,
+}
+
+impl Pools {
+    fn warm_up(self) -> usize {
+        match self {
+            Self::Equal => TRACE_WARM_UP,
+            Self::Moving => MOVING_WARM_UP,
+        }
+    }
+}
 
 /// Kernels of a layer, in their order.
 const PARTS: [&str; 4] = ["score", "select", "gather", "attend"];
@@ -159,7 +185,7 @@ impl<'a> Contest<'a> {
     fn sparse(&self, denominator: u32, pool: f64, plan: LabelPlan) -> SparsePlan {
         let settings = settings(denominator);
         let count = settings.selected_tokens(self.scene.context);
-        SparsePlan { plan, settings, pool: (count as f64 * pool) as usize, gather_blocks: self.gather_blocks, trace_rows: None }
+        SparsePlan { plan, settings, kept: Kept::Pool((count as f64 * pool) as usize), gather_blocks: self.gather_blocks, trace_rows: None }
     }
 
     fn small(&self) -> LabelPlan {
@@ -176,7 +202,11 @@ impl<'a> Contest<'a> {
                 }
                 self.time_parts(&batch, &format!("n/{denominator} {}", if cold { "cold" } else { "hot" }))?;
             }
-            self.time_parts_in_graphs(&batch, &format!("n/{denominator} hot, in a graph"))?;
+            self.time_parts_in_graphs(&batch, &format!("n/{denominator} hot, in a graph"), PARTS.len())?;
+            drop(batch);
+            // Without maps to look rows up in, and without victims, the same kernel is the top-k and nothing else.
+            let everything = SparsePlan { kept: Kept::Everything, ..self.sparse(denominator, 1.0, self.small()) };
+            self.time_parts_in_graphs(&self.scene.sparse(&everything)?, &format!("n/{denominator}, top-k alone, in a graph"), 2)?;
         }
         Ok(())
     }
@@ -214,12 +244,12 @@ impl<'a> Contest<'a> {
         Ok(())
     }
 
-    /// What each kernel adds to a graph of all layers: without events between them, and with everything hot.
-    fn time_parts_in_graphs(&mut self, batch: &Batch, name: &str) -> Result<()> {
+    /// What each of the first `parts` kernels adds to a graph of all layers: without events between them, and with everything hot.
+    fn time_parts_in_graphs(&mut self, batch: &Batch, name: &str, parts: usize) -> Result<()> {
         let layers = batch.layers();
         let label_bytes = batch.shape().geometry.heads.lanes() * batch.shape().max_tokens * batch.shape().plan.label_bytes();
         let mut before = 0.0;
-        for (last, part) in PARTS.into_iter().enumerate() {
+        for (last, part) in PARTS.into_iter().enumerate().take(parts) {
             let graph =
                 batch.capture(|| (0..layers).try_for_each(|layer| (0..=last).try_for_each(|part| batch.enqueue_part(layer, part))))?;
             let mut timer = Timer::new(batch.stream());
@@ -265,10 +295,11 @@ impl<'a> Contest<'a> {
         let Some(trace) = self.trace else { return Ok(()) };
         for (denominator, pools) in [(16, [1.0, 2.0, 3.0]), (64, [1.0, 2.0, 4.0])] {
             for pool in pools {
-                self.traced_steps(trace, denominator, pool)?;
+                self.traced_steps(trace, denominator, pool, Pools::Equal)?;
             }
         }
-        Ok(())
+        self.traced_steps(trace, 16, 3.0, Pools::Moving)?;
+        self.traced_steps(trace, 64, 4.0, Pools::Moving)
     }
 
     /// More pools, for the plot of time against misses.
@@ -276,45 +307,58 @@ impl<'a> Contest<'a> {
         let Some(trace) = self.trace else { return Ok(()) };
         for (denominator, pools) in [(16, [1.25, 1.5, 2.5, 3.9]), (64, [1.5, 3.0, 6.0, 8.0])] {
             for pool in pools {
-                self.traced_steps(trace, denominator, pool)?;
+                self.traced_steps(trace, denominator, pool, Pools::Equal)?;
             }
         }
         Ok(())
     }
 
-    fn traced_steps(&mut self, trace: &KeyTrace, denominator: u32, pool: f64) -> Result<()> {
-        let name = format!("trace, n/{denominator}, pool of {pool}k");
+    fn traced_steps(&mut self, trace: &KeyTrace, denominator: u32, pool: f64, pools: Pools) -> Result<()> {
+        let moved = if pools == Pools::Moving { ", moving" } else { "" };
+        let name = format!("trace, n/{denominator}, pool of {pool}k{moved}");
         show_progress(&name, 0, 1);
         let sparse = SparsePlan { trace_rows: Some(trace.rows), ..self.sparse(denominator, pool, self.small()) };
         let mut batch = self.scene.sparse(&sparse)?;
-        let (layers, lanes) = (batch.layers(), batch.shape().geometry.heads.lanes());
-        let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_layer(layer, 0..batch.shape().slots)))?;
+        let drawn = DrawnLanes { layers: batch.layers(), lanes: batch.shape().geometry.heads.lanes() };
+        let graph = batch.capture(|| (0..drawn.layers).try_for_each(|layer| batch.enqueue_layer(layer, 0..1)))?;
         let mut timer = Timer::new(batch.stream());
-        let (mut times, mut hits) = (Vec::new(), vec![Hits::default(); trace.layers]);
-        let steps = (TRACE_WARM_UP + self.rounds.max(TRACE_ROUNDS)).min(trace.steps);
+        let (mut times, mut hits, mut sizes) = (Vec::new(), vec![Hits::default(); trace.layers], Vec::new());
+        let mut balance = Balance::new(drawn.layers * drawn.lanes);
+        let warm_up = pools.warm_up();
+        let steps = (warm_up + self.rounds.max(TRACE_ROUNDS)).min(trace.steps);
         for step in 0..steps {
             set_trace(&mut batch, trace, step)?;
             let time = timed(&mut timer, || Ok(graph.launch()?))?;
-            for (index, counts) in batch.take_counters()?.into_iter().enumerate() {
-                if step >= TRACE_WARM_UP {
-                    let sum = &mut hits[index % trace.layers];
-                    sum.hits += counts[0];
-                    sum.selected += counts[0] + counts[1];
-                }
+            let counts = batch.take_counters()?;
+            for (index, counts) in counts.iter().enumerate().filter(|_| step >= warm_up) {
+                let sum = &mut hits[index % trace.layers];
+                sum.hits += counts[0];
+                sum.selected += counts[0] + counts[1];
             }
-            if step >= TRACE_WARM_UP {
+            if step >= warm_up {
                 times.push(time);
+            }
+            if pools == Pools::Moving {
+                sizes.push(move_pools(&mut batch, &mut balance, &counts)?);
             }
         }
         // Offline, at the trace's own resolution.
-        let selected = batch.shape().max_count * trace.rows / batch.shape().max_tokens;
-        let job = ReplayJob { selected, capacity: (selected as f64 * pool) as usize, rule: Rule::LowestKey, warm_up: TRACE_WARM_UP, steps };
-        let offline = replay_drawn(trace, &job, DrawnLanes { layers, lanes });
+        let run = batch.shape().max_tokens / trace.rows;
+        let selected = batch.shape().max_count / run;
+        let job = ReplayJob { selected, capacity: (selected as f64 * pool) as usize, rule: Rule::LowestKey, warm_up, steps };
+        let sizes_at = |step: usize| Some(sizes.get(step)?.iter().map(|blocks| (blocks * POOL_BLOCK / run).max(selected)).collect());
+        let offline = replay_resized(trace, &job, drawn, |step, _| sizes_at(step));
         let rates = |hits: &[Hits]| hits.iter().map(|hits| hits.rate()).collect::<Vec<f64>>();
         let (all_hits, all): (u64, u64) = hits.iter().fold((0, 0), |sum, hits| (sum.0 + hits.hits, sum.1 + hits.selected));
         let mut outcome = StepOutcome::new(&name, &times, Some(1.0 - all_hits as f64 / all.max(1) as f64), batch.bytes());
         outcome.hit_rate_by_source = rates(&hits);
         outcome.offline_hit_rate_by_source = rates(&offline);
+        if let Some(blocks) = sizes.last() {
+            let mean = |source: usize| blocks.iter().skip(source).step_by(trace.layers).map(|&blocks| blocks as f64).collect::<Vec<f64>>();
+            let mean = |source: usize| mean(source).iter().sum::<f64>() / mean(source).len().max(1) as f64;
+            outcome.pool_by_source =
+                (0..trace.layers).map(|source| mean(source) * POOL_BLOCK as f64 / batch.shape().max_count as f64).collect();
+        }
         self.outcome.steps.push(outcome);
         Ok(())
     }
@@ -474,6 +518,16 @@ fn gathers_alone(batch: &Batch, timer: &mut Timer) -> Result<f64> {
     }
     // Between marks: what comes before a gather, the gather.
     Ok(timer.take()?.iter().skip(1).step_by(2).sum())
+}
+
+/// Moves hot places of the only sequence as a decoder does after a step with these counts. Answers with the blocks of every lane.
+fn move_pools(batch: &mut Batch, balance: &mut Balance, counts: &[[u64; 2]]) -> Result<Vec<usize>> {
+    let seat = Arc::clone(batch.seat(0).context("a seat")?);
+    let bounds = BlockBounds { least: batch.shape().max_count.div_ceil(POOL_BLOCK), most: seat.most_pool_blocks() };
+    balance.count(0, counts);
+    let moves = balance.end_step(&seat.pool_blocks(), bounds);
+    batch.move_blocks(0, &moves)?;
+    Ok(seat.pool_blocks())
 }
 
 /// Milliseconds of what `work` puts on the timer's stream.

@@ -26,6 +26,8 @@ pub struct StepOutcome {
     pub hit_rate_by_source: Vec<f64>,
     /// The same of an offline replay in plain code.
     pub offline_hit_rate_by_source: Vec<f64>,
+    /// By lane of the trace, the mean pool at the end in selected rows; empty where pools stay equal.
+    pub pool_by_source: Vec<f64>,
     /// What the missing rows take at the speed of the pinned copy.
     pub link_ms: Option<f64>,
     /// Median of their gathers alone, between events.
@@ -52,6 +54,7 @@ impl StepOutcome {
             miss_ratio,
             hit_rate_by_source: Vec::new(),
             offline_hit_rate_by_source: Vec::new(),
+            pool_by_source: Vec::new(),
             link_ms: None,
             gather_ms: None,
             compute_ms: None,
@@ -162,7 +165,8 @@ impl Outcome {
         println!("{table}");
         for step in self.steps.iter().filter(|step| !step.hit_rate_by_source.is_empty()) {
             let rates = |rates: &[f64]| rates.iter().map(|rate| format!("{rate:.3}")).collect::<Vec<_>>().join(" ");
-            println!("{}: hits {}, offline {}", step.name, rates(&step.hit_rate_by_source), rates(&step.offline_hit_rate_by_source));
+            let pools = if step.pool_by_source.is_empty() { String::new() } else { format!(", pools {}", rates(&step.pool_by_source)) };
+            println!("{}: hits {}, offline {}{pools}", step.name, rates(&step.hit_rate_by_source), rates(&step.offline_hit_rate_by_source));
         }
         for step in &self.steps {
             if let (Some(link), Some(gather), Some(compute)) = (step.link_ms, step.gather_ms, step.compute_ms) {

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde::Serialize;
 use serde_json::json;
+use sluice_kernels::decoder::balance::{Balance, BlockBounds};
 
 use super::trace::KeyTrace;
 use crate::report::{Format, Table, show_progress};
@@ -18,7 +19,8 @@ use crate::workload::within;
 /// and fetches the others into it.
 ///
 /// JSON keys: `trace`, `rows`, `steps`, `warm_up`, `drawn_layers`, `drawn_lanes`, and `results`, one object for each ratio, pool and rule:
-/// `ratio`, `pool` (in k), `rule`, `selected` (k), `hit_rate` (mean over the recorded lanes), `hit_rate_by_layer`.
+/// `ratio`, `pool` (in k), `rule`, `selected` (k), `hit_rate` (mean over the recorded lanes), `hit_rate_by_layer`, and with `--moving-rows`
+/// `pool_by_layer` (in k, at the end).
 #[derive(Args, Debug)]
 pub struct ReplayArguments {
     /// Trace made by `sluice-bench trace`.
@@ -39,6 +41,9 @@ pub struct ReplayArguments {
     /// Lanes of each of those layers.
     #[arg(long, default_value_t = 8, value_name = "LANES")]
     drawn_lanes: usize,
+    /// Rows of the blocks that move between the pools of drawn lanes by measured misses; 0: pools stay equal.
+    #[arg(long, default_value_t = 0, value_name = "ROWS")]
+    moving_rows: usize,
     /// Table or JSON on standard output.
     #[arg(long, value_enum, default_value_t = Format::Table)]
     format: Format,
@@ -85,6 +90,22 @@ impl Pool {
     pub fn new(selected: usize, capacity: usize, rule: Rule) -> Self {
         assert!(selected <= capacity, "{selected} rows in a pool of {capacity}");
         Self { selected, capacity, rule, held: HashMap::new(), steps: 0 }
+    }
+
+    /// Makes the pool larger or smaller. A smaller one forgets a like share of its rows, whatever their keys: those that happen to lie in what
+    /// it gives away. Panics where a step's rows do not fit in.
+    pub fn resize(&mut self, capacity: usize) {
+        assert!(self.selected <= capacity, "{} rows in a pool of {capacity}", self.selected);
+        if capacity < self.capacity {
+            let keep = self.held.len() * capacity / self.capacity;
+            let mut rows: Vec<usize> = self.held.keys().copied().collect();
+            // As good as chance, and the same each time.
+            rows.sort_unstable_by_key(|&row| ((row + self.steps) as u32).wrapping_mul(0x9E37_79B9));
+            for row in &rows[keep..] {
+                self.held.remove(row);
+            }
+        }
+        self.capacity = capacity;
     }
 
     /// Performs a step over all rows' keys; says how many of the selected rows were held.
@@ -151,6 +172,13 @@ pub struct Hits {
 }
 
 impl Hits {
+    fn add(&mut self, job: &ReplayJob, step: usize, hits: usize) {
+        if step >= job.warm_up {
+            self.hits += hits as u64;
+            self.selected += job.selected as u64;
+        }
+    }
+
     /// Hits over selected rows; 0 where nothing was selected.
     #[must_use]
     pub fn rate(self) -> f64 {
@@ -158,43 +186,107 @@ impl Hits {
     }
 }
 
-/// Replays one lane whose source of each step is given; counts hits after the warm-up.
-fn replay_lane(trace: &KeyTrace, job: &ReplayJob, source: impl Fn(usize) -> (usize, usize)) -> Hits {
-    let mut pool = Pool::new(job.selected, job.capacity, job.rule);
-    let mut counted = Hits::default();
-    for step in 0..job.steps {
-        let (layer, at) = source(step);
-        let hits = pool.step(trace.keys(at, layer));
-        if step >= job.warm_up {
-            counted.hits += hits as u64;
-            counted.selected += job.selected as u64;
-        }
-    }
-    counted
-}
-
 /// Replays the recorded lanes from the first step on: hits by recorded lane. `job.steps` is at most the trace's.
 #[must_use]
 pub fn replay(trace: &KeyTrace, job: &ReplayJob) -> Vec<Hits> {
-    (0..trace.layers).map(|layer| replay_lane(trace, job, |step| (layer, step))).collect()
+    let mut counted = vec![Hits::default(); trace.layers];
+    for (layer, counted) in counted.iter_mut().enumerate() {
+        let mut pool = Pool::new(job.selected, job.capacity, job.rule);
+        for step in 0..job.steps {
+            let hits = pool.step(trace.keys(step, layer));
+            counted.add(job, step, hits);
+        }
+    }
+    counted
 }
 
 /// Replays the lanes that a model draws from the trace ([`KeyTrace::lane_source`]): hits by recorded lane. Stretching a lane in runs changes
 /// none of its hits while k and pool are stretched as well, so the recorded rows are replayed as they are.
 #[must_use]
 pub fn replay_drawn(trace: &KeyTrace, job: &ReplayJob, drawn: DrawnLanes) -> Vec<Hits> {
+    replay_resized(trace, job, drawn, |_, _| None)
+}
+
+/// The same with pools that change their sizes: after each step `resize` is told its number and the hits and misses of all drawn lanes,
+/// `[layer][lane]`, and may give a size for each. Stretching rows in runs changes no hits while the sizes are stretched as well.
+#[must_use]
+pub fn replay_resized(
+    trace: &KeyTrace,
+    job: &ReplayJob,
+    drawn: DrawnLanes,
+    mut resize: impl FnMut(usize, &[[u64; 2]]) -> Option<Vec<usize>>,
+) -> Vec<Hits> {
     let mut counted = vec![Hits::default(); trace.layers];
-    for layer in 0..drawn.layers {
-        show_progress("replay, layer", layer, drawn.layers);
-        for lane in 0..drawn.lanes {
-            let source = |step| trace.lane_source(layer, lane, drawn.lanes, step);
-            let hits = replay_lane(trace, job, source);
-            let sum = &mut counted[source(0).0];
-            sum.hits += hits.hits;
-            sum.selected += hits.selected;
+    let mut pools = vec![Pool::new(job.selected, job.capacity, job.rule); drawn.layers * drawn.lanes];
+    for step in 0..job.steps {
+        show_progress("replay, step", step, job.steps);
+        let source = |index: usize| trace.lane_source(index / drawn.lanes, index % drawn.lanes, drawn.lanes, step);
+        let hits = on_all_cores(&mut pools, |index, pool| pool.step(trace.keys(source(index).1, source(index).0)));
+        hits.iter().enumerate().for_each(|(index, &hits)| counted[source(index).0].add(job, step, hits));
+        let counts: Vec<[u64; 2]> = hits.iter().map(|&hits| [hits as u64, (job.selected - hits) as u64]).collect();
+        for (pool, capacity) in pools.iter_mut().zip(resize(step, &counts).into_iter().flatten()) {
+            pool.resize(capacity);
         }
     }
     counted
+}
+
+/// Pools of whole blocks, which move between lanes as a decoder moves them.
+struct Balanced {
+    balance: Balance,
+    blocks: Vec<usize>,
+    bounds: BlockBounds,
+    block_rows: usize,
+    selected: usize,
+}
+
+impl Balanced {
+    fn new(job: &ReplayJob, drawn: DrawnLanes, block_rows: usize) -> Self {
+        let (lanes, block_rows) = (drawn.layers * drawn.lanes, block_rows.max(1));
+        let least = job.selected.div_ceil(block_rows);
+        Self {
+            balance: Balance::new(lanes),
+            blocks: vec![job.capacity.div_ceil(block_rows); lanes],
+            bounds: BlockBounds { least, most: usize::MAX },
+            block_rows,
+            selected: job.selected,
+        }
+    }
+
+    fn whole_blocks(&self, job: ReplayJob) -> ReplayJob {
+        ReplayJob { capacity: job.capacity.next_multiple_of(self.block_rows), ..job }
+    }
+
+    fn end_step(&mut self, counts: &[[u64; 2]]) -> Option<Vec<usize>> {
+        self.balance.count(0, counts);
+        let moves = self.balance.end_step(&self.blocks, self.bounds);
+        for at in &moves {
+            self.blocks[at.from] -= 1;
+            self.blocks[at.to] += 1;
+        }
+        (!moves.is_empty()).then(|| self.blocks.iter().map(|blocks| blocks * self.block_rows).collect())
+    }
+
+    /// Mean pools, in k, by recorded lane.
+    fn mean_pools(&self, recorded: usize) -> Vec<f64> {
+        let of = |layer: usize| self.blocks.iter().skip(layer).step_by(recorded);
+        let mean = |layer: usize| of(layer).sum::<usize>() as f64 / of(layer).count().max(1) as f64;
+        (0..recorded).map(|layer| mean(layer) * self.block_rows as f64 / self.selected as f64).collect()
+    }
+}
+
+/// What `work` says of each item and its index.
+fn on_all_cores<T: Send, R: Send>(items: &mut [T], work: impl Fn(usize, &mut T) -> R + Sync) -> Vec<R> {
+    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let each = items.len().div_ceil(threads).max(1);
+    let work = &work;
+    std::thread::scope(|scope| {
+        let of_chunk = |(chunk, items): (usize, &mut [T])| {
+            items.iter_mut().enumerate().map(|(index, item)| work(chunk * each + index, item)).collect::<Vec<R>>()
+        };
+        let threads: Vec<_> = items.chunks_mut(each).enumerate().map(|chunk| scope.spawn(move || of_chunk(chunk))).collect();
+        threads.into_iter().flat_map(|thread| thread.join().expect("a replay does not panic")).collect()
+    })
 }
 
 /// One line of the result.
@@ -206,6 +298,7 @@ struct Outcome {
     selected: usize,
     hit_rate: f64,
     hit_rate_by_layer: Vec<f64>,
+    pool_by_layer: Vec<f64>,
 }
 
 /// Carries out the command.
@@ -217,6 +310,8 @@ pub fn run(arguments: &ReplayArguments) -> Result<()> {
     within("warm-up", arguments.warm_up, 0, trace.steps - 1)?;
     within("drawn-layers", arguments.drawn_layers, 0, 4096)?;
     within("drawn-lanes", arguments.drawn_lanes, 1, 4096)?;
+    within("moving-rows", arguments.moving_rows, 0, trace.rows)?;
+    ensure!(arguments.moving_rows == 0 || arguments.drawn_layers > 0, "--moving-rows: lanes are drawn by --drawn-layers");
     let mut outcomes = Vec::new();
     for &ratio in &arguments.ratio {
         for &pool in &arguments.pool {
@@ -230,7 +325,8 @@ pub fn run(arguments: &ReplayArguments) -> Result<()> {
             "{}",
             json!({
                 "trace": trace.origin, "rows": trace.rows, "steps": trace.steps, "warm_up": arguments.warm_up,
-                "drawn_layers": arguments.drawn_layers, "drawn_lanes": arguments.drawn_lanes, "results": outcomes,
+                "drawn_layers": arguments.drawn_layers, "drawn_lanes": arguments.drawn_lanes, "moving_rows": arguments.moving_rows,
+                "results": outcomes,
             })
         ),
         Format::Table => print_table(&trace, &outcomes),
@@ -242,12 +338,18 @@ fn outcome(arguments: &ReplayArguments, trace: &KeyTrace, ratio: Ratio, pool: us
     let selected = (trace.rows as u64 * u64::from(ratio.numerator)).div_ceil(u64::from(ratio.denominator)) as usize;
     let job = ReplayJob { selected, capacity: pool * selected, rule, warm_up: arguments.warm_up, steps: trace.steps };
     let drawn = DrawnLanes { layers: arguments.drawn_layers, lanes: arguments.drawn_lanes };
-    let hits = if drawn.layers == 0 { replay(trace, &job) } else { replay_drawn(trace, &job, drawn) };
+    let mut balanced = Balanced::new(&job, drawn, arguments.moving_rows);
+    let hits = match (drawn.layers, arguments.moving_rows) {
+        (0, _) => replay(trace, &job),
+        (_, 0) => replay_drawn(trace, &job, drawn),
+        _ => replay_resized(trace, &balanced.whole_blocks(job), drawn, |_, counts| balanced.end_step(counts)),
+    };
+    let pool_by_layer = if arguments.moving_rows > 0 { balanced.mean_pools(trace.layers) } else { Vec::new() };
     let hit_rate_by_layer: Vec<f64> = hits.iter().map(|hits| hits.rate()).collect();
     // Of fewer drawn lanes than recorded ones, some recorded lane serves none.
     let served = hits.iter().filter(|hits| hits.selected > 0).count().max(1);
     let hit_rate = hit_rate_by_layer.iter().sum::<f64>() / served as f64;
-    Outcome { ratio: ratio.to_string(), pool, rule, selected, hit_rate, hit_rate_by_layer }
+    Outcome { ratio: ratio.to_string(), pool, rule, selected, hit_rate, hit_rate_by_layer, pool_by_layer }
 }
 
 fn print_table(trace: &KeyTrace, outcomes: &[Outcome]) {
@@ -255,11 +357,12 @@ fn print_table(trace: &KeyTrace, outcomes: &[Outcome]) {
     let by_layer = format!("hits in {}", layers.join(" / "));
     let mut table = Table::new(["k", "pool", "dropped", "hits", &by_layer]);
     for outcome in outcomes {
-        let Outcome { ratio, pool, rule, selected, hit_rate, hit_rate_by_layer } = outcome;
+        let Outcome { ratio, pool, rule, selected, hit_rate, hit_rate_by_layer, pool_by_layer } = outcome;
         let rates: Vec<String> = hit_rate_by_layer.iter().map(|rate| format!("{rate:.3}")).collect();
+        let pools: Vec<String> = pool_by_layer.iter().map(|pool| format!("{pool:.2}")).collect();
         table.row([
             format!("n x {ratio} = {selected}"),
-            format!("{pool} k"),
+            if pools.is_empty() { format!("{pool} k") } else { format!("{pool} k: {}", pools.join(" / ")) },
             rule.name().to_owned(),
             format!("{hit_rate:.3}"),
             rates.join(" / "),

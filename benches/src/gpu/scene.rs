@@ -45,8 +45,8 @@ pub struct SparsePlan {
     pub plan: LabelPlan,
     /// Budget.
     pub settings: Settings,
-    /// Hot places a lane.
-    pub pool: usize,
+    /// Rows that stay on the device.
+    pub kept: Kept,
     /// Blocks of the gather.
     pub gather_blocks: usize,
     /// Rows of a trace.
@@ -146,7 +146,7 @@ impl Scene<'_> {
             plan: sparse.plan.clone(),
             layers,
             max_tokens: self.context,
-            kept: Kept::Pool(sparse.pool),
+            kept: sparse.kept,
             // The horizon leaves at most 511 rows.
             tail_chunks: 2,
         };

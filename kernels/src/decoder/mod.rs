@@ -25,7 +25,7 @@ use crate::slot::CHUNK_TOKENS;
 pub use fidelity::fidelity_digest;
 pub use look_ahead::LookAhead;
 use resident::ResidentDecoder;
-pub use resident::{DeviceLimits, Resident};
+pub use resident::{DeviceLimits, Resident, balance};
 
 /// How a step attends full-attention layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

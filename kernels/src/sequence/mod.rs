@@ -446,6 +446,13 @@ impl Sequence {
         }
     }
 
+    /// Hot places by lane on a device that keeps state, `[layer][own lane]` of the full-attention layers by their shape; empty before the first
+    /// step and on other devices.
+    #[must_use]
+    pub fn hot_places(&self) -> Vec<usize> {
+        self.resident.as_ref().map_or(Vec::new(), |resident| resident.hot_places())
+    }
+
     pub(crate) fn take_resident(&mut self) -> Option<Box<Resident>> {
         self.resident.take()
     }

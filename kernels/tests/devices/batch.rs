@@ -13,6 +13,7 @@ use sluice_kernels::device::cuda::buffer::HostAccess;
 use sluice_kernels::device::cuda::compile::Compiler;
 use sluice_kernels::device::cuda::host::{HostFile, HostPage, HostPart, HostRows, HostSegment};
 use sluice_kernels::device::cuda::seat::{Kept, Seat, SeatShape};
+use sluice_kernels::device::cuda::store::PoolMove;
 use sluice_kernels::device::reference::Reference;
 use sluice_kernels::device::{AttendJob, Device, LabelJob, ScoreJob, SelectJob};
 use sluice_kernels::label::{LabelCoder, LabelPlan};
@@ -282,6 +283,85 @@ fn nothing_hot_changes_a_bit(gpu: &Gpu, compiler: &Compiler, shape: Shape) {
         let (hits, misses) = counts(batch);
         assert!(hits > 0 && misses == 0, "{hits} hits, {misses} misses");
     }
+}
+
+/// Moves of blocks between lanes, drawn at random: some lanes give, others take, nobody below `least` blocks.
+fn random_moves(rng: &mut StdRng, sizes: &[usize], least: usize, most: usize) -> Vec<PoolMove> {
+    let mut sizes = sizes.to_vec();
+    let gives: Vec<bool> = sizes.iter().map(|_| rng.random_bool(0.5)).collect();
+    let mut moves = Vec::new();
+    for _ in 0..rng.random_range(0..12) {
+        let (from, to) = (rng.random_range(0..sizes.len()), rng.random_range(0..sizes.len()));
+        if gives[from] && !gives[to] && sizes[from] > least && sizes[to] < most {
+            sizes[from] -= 1;
+            sizes[to] += 1;
+            moves.push(PoolMove { from, to });
+        }
+    }
+    moves
+}
+
+#[test]
+fn hot_places_that_move_between_lanes_never_change_a_bit() {
+    let Some((gpu, compiler)) = gpu() else { return };
+    let shape = Shape { lanes: 8, group: 4, dim: 128, tokens: 6000, row_type: RowType::F16 };
+    let mut hosted = hosted(&gpu, shape, PLAN, 17);
+    let settings = settings(8);
+    let count = settings.selected_tokens(6000);
+    let kept = [Kept::Everything, Kept::Pool(2 * count)];
+    let [mut whole, mut batch] = kept.map(|kept| hosted.seated(&gpu, &compiler, &hosted.shape(kept, count), 5100, &settings));
+    let graph = batch.capture(|| batch.enqueue_layer(0, 0..1)).expect("a graph");
+    let seat = Arc::clone(batch.seat(0).expect("a seat"));
+    let (least, most) = (count.div_ceil(64), seat.most_pool_blocks());
+    let mut expected = seat.pool_blocks();
+    assert_eq!(expected, vec![(2 * count).div_ceil(64); 8], "equal pools at first");
+    let mut rng = StdRng::seed_from_u64(5);
+    let mut query = hosted.layer.queries(1);
+    let (mut moved, mut hits_after) = (0, 0);
+    for number in 0..60 {
+        let length = 5100 + number;
+        if number % 9 == 8 {
+            query = hosted.layer.queries(1);
+        } else {
+            query.iter_mut().for_each(|x| *x += rng.random_range(-0.2..0.2));
+        }
+        let newest = hosted.newest(length);
+        for batch in [&mut whole, &mut batch] {
+            batch.set_length(0, length, &settings, None).expect("a length");
+        }
+        let result = step(&mut whole, &query, &newest);
+        batch.set_queries(0, &query).expect("queries");
+        batch.set_new_rows(0, &newest).expect("newest rows");
+        batch.send_states().expect("states");
+        graph.launch().expect("a launch");
+        assert!(batch.outputs(0).expect("outputs") == result, "step {number}");
+        hits_after += counts(&mut batch).0;
+        let moves = random_moves(&mut rng, &expected, least, most);
+        batch.move_blocks(0, &moves).expect("moves that fit");
+        for PoolMove { from, to } in &moves {
+            (expected[*from], expected[*to]) = (expected[*from] - 1, expected[*to] + 1);
+        }
+        assert_eq!(seat.pool_blocks(), expected, "step {number}");
+        moved += moves.len();
+        if number % 3 == 0 {
+            // The same step again finds all but what was in the blocks that moved.
+            assert!(step(&mut batch, &query, &newest) == result, "step {number} again");
+            let misses = counts(&mut batch).1 as usize;
+            assert!(misses <= 64 * moves.len(), "step {number}: {misses} misses after {} moves", moves.len());
+            assert!(step(&mut batch, &query, &newest) == result, "step {number} once more");
+            assert_eq!(counts(&mut batch).1, 0, "step {number} once more");
+        }
+    }
+    assert!(moved > 60 && hits_after > 0, "{moved} blocks moved, {hits_after} hits");
+    // What cannot be moved leaves everything as it was.
+    let both = [PoolMove { from: 0, to: 1 }, PoolMove { from: 1, to: 2 }];
+    batch.move_blocks(0, &both).expect_err("a lane that takes and gives");
+    batch.move_blocks(0, &vec![PoolMove { from: 3, to: 4 }; expected[3] + 1]).expect_err("more than a lane has");
+    batch.move_blocks(0, &[PoolMove { from: 0, to: 8 }]).expect_err("a lane that is not there");
+    assert_eq!(seat.pool_blocks(), expected, "nothing moved");
+    // A pool smaller than what a lane selects is refused before a step.
+    batch.move_blocks(0, &vec![PoolMove { from: 3, to: 4 }; expected[3]]).expect("all of a lane's places");
+    batch.set_length(0, 5200, &settings, None).expect_err("a lane without places");
 }
 
 #[test]

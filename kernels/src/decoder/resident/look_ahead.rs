@@ -21,7 +21,7 @@ impl ResidentDecoder {
         group.step.batch_mut().set_length(slot, position + 1, &item.sequence.settings(), None)?;
         group.step.perform(ready.launch.layer, LayerWork::Ahead, slot..slot + 1)?;
         let predicted_rows = (item.part.geometry.heads.lanes() * item.plan.count) as u64;
-        let fetched_rows = predicted_rows - group.step.result(slot).hits;
+        let fetched_rows = predicted_rows - group.step.result(slot).hits();
         of_part.layers[ready.launch.layer].note(position / CHUNK_TOKENS, position % CHUNK_TOKENS);
         item.sequence.put_resident(ready.resident);
         Ok(Some(LookAhead { predicted_rows, fetched_rows }))

@@ -4,6 +4,7 @@
 //! The state follows the sequence: before each step it takes up labels of new chunks, rows that were written, and places that have changed.
 //! What it holds is never needed for a result, only for its speed: state that does not fit is made anew.
 
+pub mod balance;
 mod files;
 mod group;
 mod layer;
@@ -25,6 +26,7 @@ use crate::device::cuda::seat::{DeviceBytes, Kept, Seat, SeatShape};
 use crate::device::cuda::{CudaError, Doing, Gpu};
 use crate::sequence::Sequence;
 use crate::slot::{CHUNK_TOKENS, SlotClass};
+use balance::Balance;
 use files::Files;
 use group::{Group, GroupKey, Room};
 use limits::Ledger;
@@ -193,7 +195,8 @@ impl ResidentDecoder {
             let seat = Arc::new(Seat::new(&self.gpu, &stream, &shape)?);
             layers.iter().enumerate().for_each(|(own, &layer)| part_of_layer[layer] = Some((parts.len(), own)));
             let progress = Progress { labelled: 0, tail: vec![TailPage::default(); size.tail_chunks] };
-            parts.push(ResidentPart { group, seat, layers: vec![progress; layers.len()], _charge: charge });
+            let balance = Balance::new(layers.len() * shape.geometry.heads.lanes());
+            parts.push(ResidentPart { group, seat, layers: vec![progress; layers.len()], balance, _charge: charge });
         }
         Ok(Box::new(Resident {
             parts,

@@ -2,8 +2,12 @@
 
 use std::sync::Arc;
 
+use super::balance::{Balance, BlockBounds};
 use super::limits::Charge;
+use crate::device::cuda::CudaError;
+use crate::device::cuda::batch::Batch;
 use crate::device::cuda::host::HostSegment;
+use crate::device::cuda::jobs::POOL_BLOCK;
 use crate::device::cuda::seat::Seat;
 use crate::slot::CHUNK_TOKENS;
 
@@ -37,6 +41,8 @@ pub(super) struct ResidentPart {
     pub(super) group: usize,
     pub(super) seat: Arc<Seat>,
     pub(super) layers: Vec<Progress>,
+    /// Misses by lane, and what follows from them for the pools.
+    pub(super) balance: Balance,
     pub(super) _charge: Charge,
 }
 
@@ -65,12 +71,26 @@ impl Resident {
         self.capacity = 0;
     }
 
+    /// Hot places by lane, `[part][layer][lane]`.
+    pub(crate) fn hot_places(&self) -> Vec<usize> {
+        self.parts.iter().flat_map(|part| part.seat.pool_blocks()).map(|blocks| blocks * POOL_BLOCK).collect()
+    }
+
     /// Forgets everything from `length` on, as truncating a sequence does.
     pub(crate) fn truncate(&mut self, length: usize) {
         self.places.clear();
         self.sealed = 0;
         self.hot_stale = true;
         self.parts.iter_mut().flat_map(|part| &mut part.layers).for_each(|layer| layer.truncate(length));
+    }
+}
+
+impl ResidentPart {
+    /// Ends a step of the sequence in a slot, whose lanes select at most `most_selected` rows: hot places move to the lanes that miss most.
+    pub(super) fn end_step(&mut self, batch: &mut Batch, slot: usize, most_selected: usize) -> Result<(), CudaError> {
+        let bounds = BlockBounds { least: most_selected.div_ceil(POOL_BLOCK), most: self.seat.most_pool_blocks() };
+        let moves = self.balance.end_step(&self.seat.pool_blocks(), bounds);
+        if moves.is_empty() { Ok(()) } else { batch.move_blocks(slot, &moves) }
     }
 }
 

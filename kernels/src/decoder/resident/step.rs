@@ -126,11 +126,21 @@ impl ResidentDecoder {
             let result = group.step.result(slot);
             query.output.copy_from_slice(result.output);
             query.lse.copy_from_slice(result.lse);
-            let progress = &mut ready.resident.parts[ready.part].layers[launch.layer];
-            progress.note(query.position / CHUNK_TOKENS, query.position % CHUNK_TOKENS + 1);
-            result.hits
+            let of_part = &mut ready.resident.parts[ready.part];
+            of_part.layers[launch.layer].note(query.position / CHUNK_TOKENS, query.position % CHUNK_TOKENS + 1);
+            if launch.work == LayerWork::Sparse {
+                of_part.balance.count(launch.layer * result.counts.len(), result.counts);
+            }
+            result.hits()
         };
-        Ok(together.iter_mut().zip(&slots).map(take).collect())
+        let hits = together.iter_mut().zip(&slots).map(take).collect();
+        for (ready, &slot) in together.iter_mut().zip(&slots).filter(|_| launch.work == LayerWork::Sparse) {
+            let (most_selected, of_part) = (ready.resident.max_count, &mut ready.resident.parts[ready.part]);
+            if launch.layer + 1 == of_part.layers.len() {
+                of_part.end_step(group.step.batch_mut(), slot, most_selected)?;
+            }
+        }
+        Ok(hits)
     }
 }
 

@@ -22,12 +22,12 @@ constexpr float LOWEST = -3.0e38f;
 struct List {
     const u32* positions;
     const u32* places;
-    const u8* hot;     // of the lane
+    const u8* hot;
     const u8* tail;
     const u8* newest;  // the newest row, where it is not in the tail yet; or none
     u64 tail_stride;
     u32 listed, entries, horizon, tail_chunks;
-    bool resident;     // row p lies at hot place p
+    bool resident;     // row p lies at p
 };
 
 __device__ __forceinline__ List list_of(const StepJob& job, const SequenceState& sequence, const LayerPlace& place, u32 slot, u32 lane) {
@@ -39,7 +39,7 @@ __device__ __forceinline__ List list_of(const StepJob& job, const SequenceState&
     list.resident = place.map == 0;
     list.positions = sequence.count == list.horizon ? nullptr : reinterpret_cast<const u32*>(job.positions) + own_lane * job.max_count;
     list.places = reinterpret_cast<const u32*>(job.hot_places) + own_lane * job.max_count;
-    list.hot = reinterpret_cast<const u8*>(place.hot) + (u64)lane * place.pool * ROW_BYTES;
+    list.hot = reinterpret_cast<const u8*>(place.hot) + (list.resident ? (u64)lane * place.max_rows * ROW_BYTES : 0);
     list.tail_chunks = place.tail_chunks;
     list.tail_stride = job.page_bytes;
     list.tail = reinterpret_cast<const u8*>(place.tail) + (u64)lane * CHUNK_TOKENS * ROW_BYTES;

@@ -14,7 +14,7 @@ use super::compile::Compiler;
 use super::error::{CudaError, Doing};
 use super::host::{HostPage, HostPart, HostRows, HostSegment};
 use super::jobs::{
-    Arrivals, BINS, LayerPlace, Miss, NOBODY, PARTS, PartCounts, REFINED, SAMPLE_SUMS, SequenceState, StepJob, Victim, VictimCounts,
+    ABOVE_WORDS, Arrivals, BINS, LayerPlace, Miss, NOBODY, PARTS, PartCounts, SAMPLE_SUMS, SequenceState, StepJob, Victim, VictimCounts,
 };
 use super::label::Labeller;
 use super::module::Specialisation;
@@ -22,6 +22,7 @@ use super::open::Gpu;
 use super::pipeline::{Pipeline, StepBlocks};
 use super::seat::{DeviceBytes, Seat, bound};
 use super::step::{MAX_LANES, StepKernels};
+use super::store::{BlockMove, PoolMove};
 use crate::budget::Settings;
 use crate::device::LayerGeometry;
 use crate::label::{LabelCoder, LabelPlan};
@@ -33,6 +34,9 @@ pub const MAX_SEGMENTS: usize = 4096;
 
 /// Blocks of the gather where nothing else was measured (docs/decisions/0004-the-gpu-step.md).
 pub const GATHER_BLOCKS: usize = 128;
+
+/// Moves of hot places at a time.
+const MAX_MOVES: usize = 4096;
 
 /// Attention blocks that make one wave on an H100: 132 processors, two blocks each. A constant, so that devices agree to the bit.
 const WAVE_BLOCKS: usize = 2 * 132;
@@ -120,6 +124,7 @@ pub struct Batch {
     counters: DeviceBuffer<[u64; 2]>,
     /// `[layer][slot][lane][trace_rows]`.
     trace: DeviceBuffer<u16>,
+    moves: DeviceBuffer<BlockMove>,
     workspace: Workspace,
 }
 
@@ -194,6 +199,7 @@ impl Batch {
             new_rows: DeviceBuffer::zeroed(context, all * shape.lanes() * shape.geometry.row_bytes())?,
             counters: DeviceBuffer::zeroed(context, all * shape.lanes())?,
             trace: DeviceBuffer::zeroed(context, all * shape.lanes() * shape.trace_rows.unwrap_or(0))?,
+            moves: DeviceBuffer::uninitialised(context, MAX_MOVES)?,
             workspace: Workspace::new(gpu, shape)?,
             shape: BatchShape { geometry: shape.geometry.unscaled(), ..shape.clone() },
             stream: Arc::clone(stream),
@@ -230,7 +236,7 @@ impl Batch {
             label_lse: room.label_lse.address_of(slot * heads * SAMPLE_SUMS * 2),
             keys: room.keys.address_of(lane * shape.max_tokens),
             histogram: room.histogram.address_of(lane * BINS),
-            above: room.above.address_of(lane * PARTS * (1 + REFINED)),
+            above: room.above.address_of(lane * PARTS * ABOVE_WORDS),
             positions: room.positions.address_of(listed),
             hot_places: room.hot_places.address_of(listed),
             misses: room.misses.address_of(listed),
@@ -284,6 +290,7 @@ impl Batch {
     pub fn own_bytes(&self) -> u64 {
         let of_layers: usize = self.layers.iter().map(|layer| layer.planes.bytes()).sum();
         let tables = self.places.bytes() + self.device_states.bytes() + self.counters.bytes() + self.new_rows.bytes() + self.trace.bytes();
+        let tables = tables + self.moves.bytes();
         let vectors = self.queries.bytes() + self.outputs.bytes() + self.lse.bytes();
         self.workspace.bytes() + (of_layers + tables + vectors) as u64
     }
@@ -366,7 +373,7 @@ impl Batch {
         let (horizon, count) = (settings.horizon(length), settings.selected_tokens(length));
         let seat = Arc::clone(self.seated(slot));
         bound("length", length, 0, seat.shape().max_tokens)?;
-        bound("selected rows", count, 0, self.shape.max_count)?;
+        bound("selected rows", count, 0, self.shape.max_count.min(seat.least_pool()))?;
         let state = SequenceState {
             length: length as u32,
             chunks: (horizon / CHUNK_TOKENS) as u32,
@@ -463,6 +470,21 @@ impl Batch {
     /// A failed call.
     pub fn forget_hot_rows(&mut self, slot: usize) -> Result<(), CudaError> {
         self.seated(slot).forget_hot_rows(&self.stream)
+    }
+
+    /// Gives blocks of hot places of a slot's seat to other lanes, in order; no lane both gives and takes. Who gives a block forgets the rows in
+    /// it. Between steps; waits.
+    ///
+    /// # Errors
+    /// A move that is impossible: nothing has moved then. Or a failed call.
+    pub fn move_blocks(&mut self, slot: usize, moves: &[PoolMove]) -> Result<(), CudaError> {
+        let orders = self.seated(slot).note_moves(moves)?;
+        for orders in orders.chunks(MAX_MOVES) {
+            self.moves.write(&self.stream, 0, orders)?;
+            // SAFETY: the orders name tables of the seat, which sits here, and the table of orders is this value's.
+            unsafe { self.pipeline.move_blocks(self.moves.address(), orders.len())? };
+        }
+        Ok(())
     }
 
     /// Enqueues the states that [`Batch::set_length`] set.
@@ -636,7 +658,7 @@ impl Workspace {
             label_lse: DeviceBuffer::zeroed(context, lanes * group * SAMPLE_SUMS * 2)?,
             keys: DeviceBuffer::zeroed(context, lanes * shape.max_tokens)?,
             histogram: DeviceBuffer::zeroed(context, lanes * BINS)?,
-            above: DeviceBuffer::zeroed(context, lanes * PARTS * (1 + REFINED))?,
+            above: DeviceBuffer::zeroed(context, lanes * PARTS * ABOVE_WORDS)?,
             positions: DeviceBuffer::zeroed(context, listed)?,
             hot_places: DeviceBuffer::zeroed(context, listed)?,
             misses: DeviceBuffer::zeroed(context, listed)?,

@@ -52,8 +52,8 @@ pub struct SlotResult<'a> {
     pub output: &'a [f32],
     /// `[query head]`, natural.
     pub lse: &'a [f32],
-    /// Selected rows of all lanes that were hot.
-    pub hits: u64,
+    /// By lane: selected rows that were hot, and those that were not.
+    pub counts: &'a [[u64; 2]],
 }
 
 impl HostStep {
@@ -149,7 +149,15 @@ impl HostStep {
         SlotResult {
             output: &self.outputs[of_slot.start * geometry.head_dim..of_slot.end * geometry.head_dim],
             lse: &self.lse[of_slot],
-            hits: self.counters[slot * lanes..(slot + 1) * lanes].iter().map(|counts| counts[0]).sum(),
+            counts: &self.counters[slot * lanes..(slot + 1) * lanes],
         }
+    }
+}
+
+impl SlotResult<'_> {
+    /// Selected rows of all lanes that were hot.
+    #[must_use]
+    pub fn hits(&self) -> u64 {
+        self.counts.iter().map(|counts| counts[0]).sum()
     }
 }

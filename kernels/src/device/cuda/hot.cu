@@ -5,6 +5,23 @@ constexpr u32 GATHER_THREADS = 384;
 constexpr u32 GATHER_WARPS = GATHER_THREADS / 32;
 constexpr u32 MAX_LANES = 64;
 
+// A block of hot places that goes from one lane to another: struct BlockMove of store.rs.
+struct BlockMove {
+    u64 map;        // u16[row] of the giver
+    u64 owner;      // u32[POOL_BLOCK]: rows of the block's places
+    u64 entry;      // u32: where the receiver's list of blocks goes on
+    u64 from_pool;  // u32: places of the giver
+    u64 to_pool;    // and of the receiver
+    u32 block, unused;
+};
+
+struct MoveJob {
+    u64 moves;  // BlockMove[block of the grid]
+};
+
+static_assert(sizeof(BlockMove) == BLOCK_MOVE_BYTES, "as in store.rs");
+static_assert(sizeof(MoveJob) == MOVE_JOB_BYTES, "as in step.rs");
+
 // One row to fetch.
 struct Fetch {
     u64 from, to;
@@ -61,9 +78,9 @@ __device__ __forceinline__ Fetch take_item(const StepJob& job, u32 slot, const L
     u16* map = reinterpret_cast<u16*>(place.map) + (u64)lane * place.max_rows;
     if (victim.row != NOBODY) map[victim.row] = (u16)COLD;
     map[miss.row] = (u16)victim.place;
-    reinterpret_cast<u32*>(place.owner)[(u64)lane * place.pool + victim.place] = miss.row;
-    reinterpret_cast<u32*>(job.hot_places)[list + miss.index] = victim.place;
-    return {miss.from, place.hot + ((u64)lane * place.pool + victim.place) * ROW_BYTES};
+    reinterpret_cast<u32*>(place.owner)[victim.at] = miss.row;
+    reinterpret_cast<u32*>(job.hot_places)[list + miss.index] = victim.at;
+    return {miss.from, place.hot + (u64)victim.at * ROW_BYTES};
 }
 
 // Copies the rows of a warp's 32 items, a whole row by consecutive threads, several rows in flight.
@@ -113,4 +130,16 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS, 3) gather(const Ste
             fetch_rows(fetch);
         }
     }
+}
+
+// Takes the last blocks of lanes, whose rows are hot no longer, and gives them to others. No lane does both. Between steps; a thread a place.
+extern "C" __global__ void __launch_bounds__(POOL_BLOCK) move_blocks(const MoveJob job) {
+    const BlockMove move = reinterpret_cast<const BlockMove*>(job.moves)[blockIdx.x];
+    u32* owner = reinterpret_cast<u32*>(move.owner) + threadIdx.x;
+    if (*owner != NOBODY) reinterpret_cast<u16*>(move.map)[*owner] = (u16)COLD;
+    *owner = NOBODY;
+    if (threadIdx.x > 0) return;
+    *reinterpret_cast<u32*>(move.entry) = move.block;
+    atomicSub(reinterpret_cast<u32*>(move.from_pool), POOL_BLOCK);
+    atomicAdd(reinterpret_cast<u32*>(move.to_pool), POOL_BLOCK);
 }

@@ -12,6 +12,10 @@ pub const BINS: usize = 2048;
 pub const REFINED: usize = 32;
 /// Blocks that share a lane while rows are selected.
 pub const PARTS: usize = 32;
+/// Words that each of them publishes.
+pub const ABOVE_WORDS: usize = 53;
+/// Hot places are given to lanes in blocks of so many.
+pub const POOL_BLOCK: usize = 64;
 /// Sums of sampled scores that a head has at most.
 pub const SAMPLE_SUMS: usize = 1024;
 
@@ -45,18 +49,22 @@ pub struct LayerPlace {
     pub labels: u64,
     /// `[chunk % tail_chunks][lane][256][row_bytes]`: rows from the horizon on.
     pub tail: u64,
-    /// `[lane][pool][row_bytes]`.
+    /// `[stored row][row_bytes]` of all layers; without a map `[lane][max_rows][row_bytes]` of this one.
     pub hot: u64,
     /// u16 `[lane][max_rows]` with this seat's `max_rows`: hot place of a row, or [`COLD`]. Zero: row p lies at hot place p.
     pub map: u64,
-    /// u32 `[lane][pool]`: row of a hot place, or [`NOBODY`].
+    /// u32 by stored row: row of the lane that has the place, or [`NOBODY`].
     pub owner: u64,
-    /// Hot places a lane.
-    pub pool: u32,
+    /// u32 `[lane][max_blocks]`: block of stored rows that a lane's places `64 i` and on are.
+    pub blocks: u64,
+    /// u32 by lane: hot places, a multiple of [`POOL_BLOCK`] and less than [`COLD`].
+    pub pools: u64,
     /// Pages of the tail.
     pub tail_chunks: u32,
     /// Rows a lane of the map has room for.
     pub max_rows: u32,
+    /// Blocks of a lane's places at most.
+    pub max_blocks: u32,
     /// Zero.
     pub unused: u32,
 }
@@ -91,6 +99,10 @@ pub struct Victim {
     pub place: u32,
     /// The row that it holds, or [`NOBODY`].
     pub row: u32,
+    /// Where the place is stored.
+    pub at: u32,
+    /// Zero.
+    pub unused: u32,
 }
 
 /// What a lane's victims are counted with.
@@ -103,12 +115,8 @@ pub struct VictimCounts {
     pub last: u32,
     /// Selected rows that are not hot.
     pub missed: u32,
-    /// Places whose row is nobody's or after the horizon.
-    pub free: u32,
-    /// Of them, those taken.
-    pub taken: u32,
     /// Zero.
-    pub unused: [u32; 3],
+    pub unused: u32,
 }
 
 /// Blocks of a lane that came somewhere; begins with zeros and is the kernels' own from then on.
@@ -117,7 +125,7 @@ pub struct VictimCounts {
 pub struct Arrivals {
     /// To the barrier of the scores.
     pub score: u32,
-    /// To a barrier of the selection.
+    /// To the barrier of the selection.
     pub select: u32,
     /// To the end of attention.
     pub attend: u32,
@@ -159,7 +167,7 @@ pub struct StepJob {
     pub keys: u64,
     /// u32 `[slot][lane][BINS]`.
     pub histogram: u64,
-    /// u32 `[slot][lane][PARTS][1 + REFINED]`.
+    /// u32 `[slot][lane][PARTS][ABOVE_WORDS]`.
     pub above: u64,
     /// u32 `[slot][lane][max_count]`.
     pub positions: u64,

@@ -25,6 +25,7 @@ pub mod staged;
 mod staged_step;
 pub mod staging;
 pub mod step;
+pub mod store;
 pub mod streamed;
 pub mod timer;
 pub mod whole_cache;

@@ -12,7 +12,7 @@ use super::compile::{CompileError, Compiler, Program, Target};
 use super::error::{CudaError, Doing};
 use super::open::Gpu;
 use super::ring::Rings;
-use super::{append, jobs, label, many, probe};
+use super::{append, jobs, label, many, probe, step, store};
 use crate::device::LayerGeometry;
 use crate::label::LabelPlan;
 use crate::shape::RowType;
@@ -157,16 +157,12 @@ impl Source {
             Self::Label => vec![("LABEL_JOB_BYTES", size_of::<label::LabelLaunch>())],
             Self::Arrange => vec![("ARRANGE_JOB_BYTES", size_of::<append::ArrangeJob>())],
             Self::Probe => vec![("READ_JOB_BYTES", size_of::<probe::ReadJob>())],
-            Self::Score | Self::Select | Self::Hot | Self::Attend => vec![
-                ("SEQUENCE_STATE_BYTES", size_of::<jobs::SequenceState>()),
-                ("LAYER_PLACE_BYTES", size_of::<jobs::LayerPlace>()),
-                ("PART_COUNTS_BYTES", size_of::<jobs::PartCounts>()),
-                ("VICTIM_COUNTS_BYTES", size_of::<jobs::VictimCounts>()),
-                ("MISS_BYTES", size_of::<jobs::Miss>()),
-                ("VICTIM_BYTES", size_of::<jobs::Victim>()),
-                ("ARRIVALS_BYTES", size_of::<jobs::Arrivals>()),
-                ("STEP_JOB_BYTES", size_of::<jobs::StepJob>()),
-            ],
+            Self::Score | Self::Select | Self::Attend => step_bytes(),
+            Self::Hot => {
+                let mut bytes = step_bytes();
+                bytes.extend([("BLOCK_MOVE_BYTES", size_of::<store::BlockMove>()), ("MOVE_JOB_BYTES", size_of::<step::MoveJob>())]);
+                bytes
+            }
             Self::Many => vec![("MANY_JOB_BYTES", size_of::<many::ManyLaunch>()), ("MERGE_JOB_BYTES", size_of::<many::MergeLaunch>())],
         }
     }
@@ -190,6 +186,20 @@ impl Source {
         options.extend(["--std=c++17", "-lineinfo"].map(str::to_owned));
         compiler.compile(&Program { name: self.name(), source: self.text(), headers: &HEADERS, options }, target)
     }
+}
+
+/// The same of the jobs of a step's kernels.
+fn step_bytes() -> Vec<(&'static str, usize)> {
+    vec![
+        ("SEQUENCE_STATE_BYTES", size_of::<jobs::SequenceState>()),
+        ("LAYER_PLACE_BYTES", size_of::<jobs::LayerPlace>()),
+        ("PART_COUNTS_BYTES", size_of::<jobs::PartCounts>()),
+        ("VICTIM_COUNTS_BYTES", size_of::<jobs::VictimCounts>()),
+        ("MISS_BYTES", size_of::<jobs::Miss>()),
+        ("VICTIM_BYTES", size_of::<jobs::Victim>()),
+        ("ARRIVALS_BYTES", size_of::<jobs::Arrivals>()),
+        ("STEP_JOB_BYTES", size_of::<jobs::StepJob>()),
+    ]
 }
 
 /// A source compiled and loaded.

@@ -124,6 +124,18 @@ impl Pipeline {
         Ok(())
     }
 
+    /// Gives `count` blocks of hot places to other lanes, as the [`super::store::BlockMove`]s at `moves` say.
+    ///
+    /// # Safety
+    /// As [`Pipeline::sparse_layer`].
+    ///
+    /// # Errors
+    /// As [`Pipeline::sparse_layer`].
+    pub(super) unsafe fn move_blocks(&self, moves: u64, count: usize) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.kernels.move_blocks(&self.stream, moves, count) }
+    }
+
     /// One part of a layer of a sparse step: 0 score, 1 select, 2 gather, 3 attend.
     ///
     /// # Safety

@@ -8,8 +8,9 @@ use cudarc::driver::CudaStream;
 
 use super::buffer::{DeviceBuffer, copy};
 use super::error::{CudaError, Doing};
-use super::jobs::{COLD, LayerPlace};
+use super::jobs::{COLD, LayerPlace, POOL_BLOCK};
 use super::open::Gpu;
+use super::store::{BlockMove, HotStore, PoolMove};
 use crate::device::LayerGeometry;
 use crate::label::LabelPlan;
 use crate::slot::CHUNK_TOKENS;
@@ -17,7 +18,8 @@ use crate::slot::CHUNK_TOKENS;
 /// Which rows before the horizon the device keeps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kept {
-    /// So many rows a lane, the most important ones lately; at least as many as a lane selects, fewer than 65,535.
+    /// So many rows a lane on average, rounded up to whole blocks of 64, the most important ones lately; at least as many as a lane selects,
+    /// at most 65,472. Lanes begin with as many each; [`super::batch::Batch::move_blocks`] moves places between them.
     Pool(usize),
     /// All of them.
     Everything,
@@ -93,9 +95,9 @@ impl SeatShape {
     }
 
     /// Hot places a lane.
-    fn pool(&self) -> usize {
+    pub(super) fn pool(&self) -> usize {
         match self.kept {
-            Kept::Pool(rows) => rows,
+            Kept::Pool(rows) => rows.next_multiple_of(POOL_BLOCK),
             Kept::Everything => self.max_tokens,
         }
     }
@@ -104,20 +106,25 @@ impl SeatShape {
         self.lanes() * CHUNK_TOKENS * self.plan.label_bytes()
     }
 
-    /// Lanes that have a map.
-    fn mapped_lanes(&self) -> usize {
-        if matches!(self.kept, Kept::Pool(_)) { self.lanes() } else { 0 }
+    /// Whether rows are where maps say.
+    pub(super) fn has_maps(&self) -> bool {
+        matches!(self.kept, Kept::Pool(_))
+    }
+
+    /// Elements of a layer's map.
+    fn map_rows(&self) -> usize {
+        if self.has_maps() { self.lanes() * self.max_tokens } else { 0 }
     }
 
     /// What a seat takes.
     #[must_use]
     pub fn bytes(&self) -> DeviceBytes {
-        let (layers, lanes) = (self.layers as u64, self.lanes() as u64);
-        let mapped = self.mapped_lanes() * (self.max_tokens * size_of::<u16>() + self.pool() * size_of::<u32>());
+        let layers = self.layers as u64;
+        let tables = if self.has_maps() { self.store_table_bytes() } else { 0 };
         DeviceBytes {
             labels: layers * (self.chunks() * self.label_page_bytes()) as u64,
-            hot_rows: layers * lanes * (self.pool() * self.geometry.row_bytes()) as u64,
-            maps: layers * mapped as u64,
+            hot_rows: (self.places() * self.geometry.row_bytes()) as u64,
+            maps: layers * (self.map_rows() * size_of::<u16>()) as u64 + tables as u64,
             tail: layers * (self.tail_chunks * self.geometry.page_bytes()) as u64,
             workspace: (2 * self.chunks() * size_of::<u32>()) as u64,
         }
@@ -129,7 +136,7 @@ impl SeatShape {
         bound("max_tokens", self.max_tokens, CHUNK_TOKENS, 1 << 24)?;
         bound("max_tokens modulo 256", self.max_tokens % CHUNK_TOKENS, 0, 0)?;
         match self.kept {
-            Kept::Pool(rows) => bound("hot rows of a lane", rows, 0, usize::from(COLD) - 1),
+            Kept::Pool(_) => bound("hot rows of a lane", self.pool(), 0, usize::from(COLD) - 1),
             Kept::Everything => Ok(()),
         }
     }
@@ -146,21 +153,16 @@ pub(super) fn bound(field: &'static str, value: usize, low: usize, high: usize) 
 struct SeatLayer {
     labels: DeviceBuffer<u8>,
     tail: DeviceBuffer<u8>,
-    hot: DeviceBuffer<u8>,
     map: DeviceBuffer<u16>,
-    owner: DeviceBuffer<u32>,
 }
 
 impl SeatLayer {
     fn new(gpu: &Gpu, shape: &SeatShape) -> Result<Self, CudaError> {
         let context = &gpu.context;
-        let mapped = shape.mapped_lanes();
         Ok(Self {
             labels: DeviceBuffer::uninitialised(context, shape.chunks() * shape.label_page_bytes())?,
             tail: DeviceBuffer::zeroed(context, shape.tail_chunks * shape.geometry.page_bytes())?,
-            hot: DeviceBuffer::uninitialised(context, shape.lanes() * shape.pool() * shape.geometry.row_bytes())?,
-            map: DeviceBuffer::filled(context, mapped * shape.max_tokens)?,
-            owner: DeviceBuffer::filled(context, mapped * shape.pool())?,
+            map: DeviceBuffer::filled(context, shape.map_rows())?,
         })
     }
 }
@@ -170,6 +172,7 @@ impl SeatLayer {
 pub struct Seat {
     shape: SeatShape,
     layers: Vec<SeatLayer>,
+    hot: HotStore,
     /// By chunk: host places, then places of labels.
     tables: DeviceBuffer<u32>,
 }
@@ -185,7 +188,7 @@ impl Seat {
         let tables = DeviceBuffer::zeroed(&gpu.context, 2 * shape.chunks())?;
         let labels: Vec<u32> = (0..shape.chunks() as u32).collect();
         tables.write(stream, shape.chunks(), &labels)?;
-        Ok(Self { shape: shape.clone(), layers, tables })
+        Ok(Self { shape: shape.clone(), layers, hot: HotStore::new(gpu, stream, shape)?, tables })
     }
 
     /// What there is room for.
@@ -213,18 +216,53 @@ impl Seat {
 
     /// What kernels need to know of a layer.
     pub(super) fn place(&self, layer: usize) -> LayerPlace {
-        let memory = &self.layers[layer];
+        let (memory, first_lane) = (&self.layers[layer], layer * self.shape.lanes());
+        let (hot, blocks, pools) = if self.shape.has_maps() {
+            (self.hot.rows.address(), self.hot.blocks_address(first_lane), self.hot.pool_address(first_lane))
+        } else {
+            (self.hot.rows.address_of(self.layer_bytes(layer)), 0, 0)
+        };
         LayerPlace {
             labels: memory.labels.address(),
             tail: memory.tail.address(),
-            hot: memory.hot.address(),
+            hot,
             map: memory.map.address(),
-            owner: memory.owner.address(),
-            pool: self.shape.pool() as u32,
+            owner: self.hot.owner.address(),
+            blocks,
+            pools,
             tail_chunks: self.shape.tail_chunks as u32,
             max_rows: self.shape.max_tokens as u32,
+            max_blocks: self.hot.most_blocks() as u32,
             unused: 0,
         }
+    }
+
+    /// Bytes of the hot rows of so many layers without maps.
+    fn layer_bytes(&self, layers: usize) -> usize {
+        layers * self.shape.lanes() * self.shape.pool() * self.shape.geometry.row_bytes()
+    }
+
+    /// Blocks of 64 hot places by lane, `[layer][lane]`; empty for [`Kept::Everything`].
+    #[must_use]
+    pub fn pool_blocks(&self) -> Vec<usize> {
+        self.hot.sizes()
+    }
+
+    /// Blocks of 64 hot places that a lane can have at most.
+    #[must_use]
+    pub fn most_pool_blocks(&self) -> usize {
+        self.hot.most_blocks()
+    }
+
+    /// Rows that every lane has hot places for.
+    pub(super) fn least_pool(&self) -> usize {
+        self.hot.least()
+    }
+
+    /// Notes moves of hot places between lanes, and gives the device's part of them.
+    pub(super) fn note_moves(&self, moves: &[PoolMove]) -> Result<Vec<BlockMove>, CudaError> {
+        let lanes = self.shape.lanes();
+        self.hot.note(moves, |lane| self.layers[lane / lanes].map.address_of(lane % lanes * self.shape.max_tokens))
     }
 
     /// Device address of a chunk's labels in a layer.
@@ -284,7 +322,7 @@ impl Seat {
     pub fn load_rows(&self, stream: &Arc<CudaStream>, layer: usize, lane: usize, first_row: usize, rows: &[u8]) -> Result<(), CudaError> {
         assert_eq!(self.shape.kept, Kept::Everything, "a pool fetches rows by itself");
         let at = (lane * self.shape.pool() + first_row) * self.shape.geometry.row_bytes();
-        self.layers[layer].hot.write(stream, at, rows)
+        self.hot.rows.write(stream, self.layer_bytes(layer) + at, rows)
     }
 
     /// Forgets all hot rows.
@@ -294,9 +332,8 @@ impl Seat {
     pub fn forget_hot_rows(&self, stream: &Arc<CudaStream>) -> Result<(), CudaError> {
         for layer in &self.layers {
             layer.map.fill(stream, 0..layer.map.len())?;
-            layer.owner.fill(stream, 0..layer.owner.len())?;
         }
-        Ok(())
+        self.hot.owner.fill(stream, 0..self.hot.owner.len())
     }
 
     /// Takes over the labels of the first `chunks` chunks from a smaller seat of the same sequence.

@@ -1,21 +1,26 @@
 // Top-k of 16-bit importance keys in token order, which of the selected rows are hot, and which hot rows give way to those that are not.
 //
 // The score kernel has counted the upper 11 bits of every lane's keys. PARTS blocks share a lane; each finds the bin of the threshold and
-// counts, in its part, the rows above that bin and the lower 5 bits of those in it. Then they wait for each other: from all parts' counts
-// each knows the threshold, how many rows of exactly that key are taken (the lowest positions), and where its rows go. It lists them, and
-// counts how important its hot rows are that were not selected. Where the lane misses rows the blocks meet a second time, and list the
-// least important of those as victims (DESIGN.md, section 6), by the upper bits of their keys. Which rows are hot decides where a row is read
-// from, never the result. A lane has at least as many hot places as it selects rows, so there is always room.
+// counts, in its part, the rows above that bin and the lower 5 bits of those in it, which of them are not hot, and how important the hot rows
+// below the bin are. Then they wait for each other: from all parts' counts each knows the threshold, how many rows of exactly that key are
+// taken (the lowest positions), where its rows go, whether the lane misses any, and how many at most. It lists its rows; where the lane misses
+// some, also the least important hot rows that were not selected, as victims (DESIGN.md, section 6), by the upper bits of their keys. There
+// may be more victims than misses; the last ones are the most important. Which rows are hot decides where a row is read from, never the
+// result. A lane has at least as many hot places as it selects rows, so there is always room.
 #include "meet.cuh"
 #include "types.cuh"
 
 constexpr u32 THREADS = 512;
 constexpr u32 WARPS = THREADS / 32;
-// What a part counts: rows above the bin, and rows of each key in it.
-constexpr u32 ABOVE_WORDS = 1 + REFINED;
+// What a part publishes: rows above the bin; rows of each key in it; rows from the bin on that are not hot, of which above it, and a bit for
+// each key in it that has some; free hot places; and by key in the bin, how many of its rows come before the first that is not hot.
+constexpr u32 OF_KEY = 1, COLD_ROWS = OF_KEY + REFINED, COLD_ABOVE = COLD_ROWS + 1, COLD_KEYS = COLD_ABOVE + 1, FREE = COLD_KEYS + 1, BEFORE_COLD = FREE + 1;
+static_assert(ABOVE_WORDS == BEFORE_COLD + REFINED / 2, "as in types.cuh");
 // Consecutive rows that a thread holds at once, and those of a block. Parts of up to 2^18 rows a lane are one tile.
 constexpr u32 OWN_ROWS = 16;
 constexpr u32 TILE_ROWS = THREADS * OWN_ROWS;
+// Blocks of a lane's hot places at most.
+constexpr u32 MOST_BLOCKS = COLD / POOL_BLOCK;
 // Hot places of a lane that a thread looks at.
 constexpr u32 OWN_PLACES = (COLD + PARTS * THREADS - 1) / (PARTS * THREADS);
 
@@ -83,19 +88,22 @@ __device__ __forceinline__ u32 find_bin(const u32* histogram, u32 wanted, u32* r
 
 struct Cut {
     u32 bin;      // every candidate of a lower bin is taken
-    u32 of_last;  // and so many of this one
+    u32 lower;    // so many
+    u32 of_last;  // and at most so many of this one
 };
 
-// The bin up to which `wanted` candidates reach.
-__device__ __forceinline__ Cut find_cut(const u32* bins, u32 wanted, u32* room, Cut* found) {
+// The bin up to which `wanted` candidates reach; `last` where there are too few below that.
+__device__ __forceinline__ Cut find_cut(const u32* bins, u32 wanted, u32 last, u32* room, Cut* found) {
     const uint4 words = load_4_shared(bins + 4 * threadIdx.x);
     const u32 counts[4] = {words.x, words.y, words.z, words.w};
-    u32 below = block_sum(counts[0] + counts[1] + counts[2] + counts[3], room).before;
+    const Sum sum = block_sum(counts[0] + counts[1] + counts[2] + counts[3], room);
+    u32 below = sum.before;
 #pragma unroll
     for (u32 i = 0; i < 4; i++) {
-        if (below < wanted && below + counts[i] >= wanted) *found = {threadIdx.x * 4 + i, wanted - below};
+        if (below < wanted && below + counts[i] >= wanted) *found = {threadIdx.x * 4 + i, below, wanted - below};
         below += counts[i];
     }
+    if (threadIdx.x == 0 && sum.all < wanted) *found = {last, sum.all, wanted - sum.all};
     __syncthreads();
     return *found;
 }
@@ -157,41 +165,55 @@ __device__ __forceinline__ u32 at_least(const OwnValues& values, u32 bound) {
 // What a part selects: rows above `key`, and of the rows of exactly `key` the first `ties`; they begin at `first` in the lane's list.
 struct Share {
     u32 key, ties, first, count;
+    u32 missed;             // rows that the lane misses at most; 0 where it misses none
+    u32 free, free_before;  // hot places of the lane without a row before the horizon, and those of earlier parts
 };
 
 struct ShareRoom {
-    // An odd number of words: parts lie in banks of their own.
     __align__(16) u32 above[PARTS][ABOVE_WORDS];
-    Share share;
 };
 
+// How many rows of a part's key in the bin come before the first of them that is not hot, or a lower number.
+__device__ __forceinline__ u32 before_cold(const u32* words, u32 key) {
+    return words[BEFORE_COLD + key / 2] >> key % 2 * 16 & 0xFFFFu;
+}
+
 // By all threads of the block, from the counts of all parts.
-__device__ __forceinline__ Share share_of(const u32* above, u32 bin, u32 wanted, u32 part, ShareRoom& room) {
-    static_assert(PARTS == 32 && REFINED == 32 && ABOVE_WORDS % 2 == 1 && PARTS * ABOVE_WORDS % 4 == 0, "a warp has a thread for each");
-    for (u32 i = 4 * threadIdx.x; i < PARTS * ABOVE_WORDS; i += 4 * THREADS) reinterpret_cast<uint4*>(&room.above[0][0])[i / 4] = load_4_shared(above + i);
+__device__ __forceinline__ Share share_of(const u32* above, u32 bin, u32 wanted, u32 part, ShareRoom& room, Share& shared) {
+    static_assert(PARTS == 32 && REFINED == 32 && ABOVE_WORDS % 2 == 1 && PARTS * ABOVE_WORDS <= 4 * THREADS, "a warp has a thread for each");
+    if (const u32 i = 4 * threadIdx.x; i < PARTS * ABOVE_WORDS) reinterpret_cast<uint4*>(&room.above[0][0])[i / 4] = load_4_shared(above + i);
     __syncthreads();
     if (threadIdx.x < 32) {
         const u32 thread = threadIdx.x;
         // Thread i is lower key i. Rows of the bin with larger keys come after it.
         u32 here = 0;
 #pragma unroll
-        for (u32 other = 0; other < PARTS; other++) here += room.above[other][1 + thread];
+        for (u32 other = 0; other < PARTS; other++) here += room.above[other][OF_KEY + thread];
         const u32 higher = warp_sum(room.above[thread][0]);
         const u32 to_here = warp_prefix(here), all = __shfl_sync(0xFFFFFFFFu, to_here, 31);
         const u32 larger = higher + all - to_here;
         const u32 threshold = __ffs(__ballot_sync(0xFFFFFFFFu, larger < wanted && larger + here >= wanted)) - 1;
         const u32 all_ties = wanted - __shfl_sync(0xFFFFFFFFu, larger, threshold);
         // Thread i is part i.
-        u32 over = room.above[thread][0];
+        const u32* own = room.above[thread];
+        u32 over = own[0];
 #pragma unroll
-        for (u32 key = 0; key < REFINED; key++) over += key > threshold ? room.above[thread][1 + key] : 0;
-        const u32 equal = room.above[thread][1 + threshold];
+        for (u32 key = 0; key < REFINED; key++) over += key > threshold ? own[OF_KEY + key] : 0;
+        const u32 equal = own[OF_KEY + threshold];
         const u32 ties_before = min(all_ties, warp_prefix(equal) - equal), ties = min(all_ties - ties_before, equal);
         const u32 count = over + ties, end = warp_prefix(count);
-        if (thread == part) room.share = {bin * REFINED + threshold, ties, end - count, count};
+        // A selected row is not hot where one above the threshold is not, or a tie that is taken.
+        const u32 cold_keys = own[COLD_KEYS] >> threshold;
+        const bool misses = own[COLD_ABOVE] || cold_keys >> 1 || (cold_keys && before_cold(own, threshold) < ties);
+        const bool lane_misses = __any_sync(0xFFFFFFFFu, misses);
+        const u32 most_missed = min(wanted, warp_sum(own[COLD_ROWS]));
+        const u32 free_to_here = warp_prefix(own[FREE]), free = __shfl_sync(0xFFFFFFFFu, free_to_here, 31);
+        if (thread == part) {
+            shared = {bin * REFINED + threshold, ties, end - count, count, lane_misses ? most_missed : 0, free, free_to_here - own[FREE]};
+        }
     }
     __syncthreads();
-    return room.share;
+    return shared;
 }
 
 // The lowest `count` bits of a mask.
@@ -213,7 +235,9 @@ __device__ __forceinline__ u32 next_bit(u32& mask) {
 struct Lane {
     const u16* keys;
     const u16* map;    // or none: every row is hot at its own position
-    const u32* owner;
+    const u32* owner;  // by stored row
+    const u32* blocks; // of the lane's places
+    u32 pool;          // hot places of the lane
     u32* positions;    // from the lane's first on
     u32* places;
     Miss* misses;
@@ -230,7 +254,9 @@ __device__ __forceinline__ Lane lane_of(const StepJob& job, const SequenceState&
     return {
         reinterpret_cast<const u16*>(job.keys) + own_lane * job.max_rows,
         place.map ? reinterpret_cast<const u16*>(place.map) + (u64)lane * place.max_rows : nullptr,
-        reinterpret_cast<const u32*>(place.owner) + (u64)lane * place.pool,
+        reinterpret_cast<const u32*>(place.owner),
+        reinterpret_cast<const u32*>(place.blocks) + (u64)lane * place.max_blocks,
+        place.map ? reinterpret_cast<const u32*>(place.pools)[lane] : 0,
         reinterpret_cast<u32*>(job.positions) + list,
         reinterpret_cast<u32*>(job.hot_places) + list,
         reinterpret_cast<Miss*>(job.misses) + list,
@@ -247,10 +273,16 @@ __device__ __forceinline__ Lane lane_of(const StepJob& job, const SequenceState&
 // Room that the block's threads share.
 struct Room {
     OwnValues keys[THREADS], places[THREADS];
-    u32 bins[BINS];
-    ShareRoom share;
+    union {
+        u32 bins[BINS];
+        ShareRoom above;  // once the bins have been added to the lane's
+    };
+    u32 blocks[MOST_BLOCKS];  // where the lane's places are stored
+    Share share;
     u32 sums[2][WARPS];
     u32 counts[ABOVE_WORDS];
+    u32 first_cold[REFINED];  // first row of each key in the bin that is not hot
+    u32 before[REFINED];      // rows of that key before it
     u32 found, last_tie;
     Cut cut;
     u32 first_lower, first_last;
@@ -288,23 +320,60 @@ __device__ __forceinline__ void load_tile(const Lane& lane, u32 row, u32 end, Ti
     tile.has_keys = true;
 }
 
-// Counts the part's rows above the bin, and those of each key in it.
+// Counts the part's rows above the bin and those of each key in it, which of them are not hot, and the keys of hot rows below the bin. The
+// counts are complete after the next barrier, but for `before`, for which count_before_cold has to follow.
 __device__ __forceinline__ void count_part(const Lane& lane, const Part rows, u32 bin, Tile& tile, Room& room) {
-    u32 above = 0;
+    u32 above = 0, cold = 0, cold_above = 0;
     for (u32 row = rows.first + threadIdx.x * OWN_ROWS; row < rows.end; row += TILE_ROWS) {
         load_tile(lane, row, rows.end, tile, room);
         const OwnValues& keys = room.keys[threadIdx.x];
-        const u32 over = at_least(keys, (bin + 1) * REFINED);
-        u32 in_bin = at_least(keys, bin * REFINED) & ~over;
+        const u32 over = at_least(keys, (bin + 1) * REFINED), from_bin = at_least(keys, bin * REFINED);
         above += __popc(over);
-        while (in_bin) atomicAdd(&room.counts[1 + value_at(keys, next_bit(in_bin)) % REFINED], 1);
+        for (u32 rest = from_bin & ~over; rest;) atomicAdd(&room.counts[OF_KEY + value_at(keys, next_bit(rest)) % REFINED], 1);
+        if (lane.map == nullptr) continue;
+        cold += __popc(from_bin & ~tile.hot);
+        cold_above += __popc(over & ~tile.hot);
+        for (u32 rest = from_bin & ~over & ~tile.hot; rest;) {
+            const u32 i = next_bit(rest);
+            atomicMin(&room.first_cold[value_at(keys, i) % REFINED], row + i);
+        }
+        for (u32 rest = tile.hot & ~from_bin; rest;) atomicAdd(&room.bins[value_at(keys, next_bit(rest)) / REFINED], 1);
     }
     above = warp_sum(above);
     if (threadIdx.x % 32 == 0 && above) atomicAdd(&room.counts[0], above);
+    if (lane.map == nullptr) return;
+    cold = warp_sum(cold), cold_above = warp_sum(cold_above);
+    if (threadIdx.x % 32 == 0 && cold) atomicAdd(&room.counts[COLD_ROWS], cold), atomicAdd(&room.counts[COLD_ABOVE], cold_above);
 }
 
-// Lists the part's selected rows in ascending order, and those that are not hot; counts the keys of hot rows that were not selected. Returns
-// how many rows are not hot.
+// Counts, for each key in the bin, the rows before the first that is not hot.
+__device__ __forceinline__ void count_before_cold(const Lane& lane, const Part rows, u32 bin, Tile& tile, Room& room) {
+    for (u32 row = rows.first + threadIdx.x * OWN_ROWS; row < rows.end; row += TILE_ROWS) {
+        load_tile(lane, row, rows.end, tile, room);
+        const OwnValues& keys = room.keys[threadIdx.x];
+        for (u32 rest = at_least(keys, bin * REFINED) & ~at_least(keys, (bin + 1) * REFINED) & tile.hot; rest;) {
+            const u32 i = next_bit(rest), key = value_at(keys, i) % REFINED;
+            if (row + i < room.first_cold[key]) atomicAdd(&room.before[key], 1);
+        }
+    }
+}
+
+// Writes the part's words, of which `free` is one.
+__device__ __forceinline__ void publish(u32 free, u32* words, const Room& room) {
+    static_assert(ABOVE_WORDS <= 64, "two warps, and one for the keys");
+    const u32 word = threadIdx.x;
+    if (word < BEFORE_COLD) {
+        if (word != COLD_KEYS) words[word] = word == FREE ? free : room.counts[word];
+    } else if (word < ABOVE_WORDS) {
+        const u32 key = 2 * (word - BEFORE_COLD);
+        words[word] = min(room.before[key], 0xFFFFu) | min(room.before[key + 1], 0xFFFFu) << 16;
+    } else if (word / 32 == 2) {
+        const u32 keys = __ballot_sync(0xFFFFFFFFu, room.first_cold[word % 32] != NOBODY);
+        if (word % 32 == 0) words[COLD_KEYS] = keys;
+    }
+}
+
+// Lists the part's selected rows in ascending order, and those that are not hot. Returns how many rows are not hot.
 __device__ __forceinline__ u32 list_part(const Lane& lane, const Part rows, const Share share, Tile& tile, Room& room) {
     u32 over_before = 0, ties_before = 0, missed = 0;
     for (u32 base = rows.first; base < rows.end; base += TILE_ROWS) {
@@ -326,10 +395,12 @@ __device__ __forceinline__ u32 list_part(const Lane& lane, const Part rows, cons
             lane.positions[at] = row + i;
             if (lane.map == nullptr) continue;
             const bool hot = tile.hot >> i & 1;
-            lane.places[at] = hot ? value_at(places, i) : COLD;
-            if (!hot) *miss++ = {tile.page + (row + i) % CHUNK_TOKENS * ROW_BYTES, row + i, at};
+            if (hot) {
+                lane.places[at] = stored_at(room.blocks, value_at(places, i));
+            } else {
+                *miss++ = {tile.page + (row + i) % CHUNK_TOKENS * ROW_BYTES, row + i, at};
+            }
         }
-        for (u32 rest = tile.hot & ~selected; rest;) atomicAdd(&room.bins[value_at(keys, next_bit(rest)) / REFINED], 1);
         over_before += sum.all & 0xFFFFu;
         ties_before += sum.all >> 16;
         missed += misses.all;
@@ -337,28 +408,26 @@ __device__ __forceinline__ u32 list_part(const Lane& lane, const Part rows, cons
     return missed;
 }
 
-// Lists as many places as the lane misses rows: free ones, then all candidates of lower bins, then of the last bin whoever comes first.
-__device__ __forceinline__ void list_victims(const Lane& lane, const LayerPlace& place, const Part rows, u32 horizon, u32 part, u32 threshold, Sum own_free, Tile& tile, Room& room) {
-    const u32 missed = load_shared(&lane.counts->missed), free = min(missed, load_shared(&lane.counts->free));
-    if (missed == 0) return;
-    if (free) {
-        if (threadIdx.x == 0) room.first_lower = atomicAdd(&lane.counts->taken, own_free.all);
-        __syncthreads();
-        u32 index = room.first_lower + own_free.before;
-        for (u32 at = part * THREADS + threadIdx.x; at < place.pool; at += PARTS * THREADS) {
-            const u32 row = lane.owner[at];
-            if (row >= horizon && index++ < free) lane.victims[index - 1] = {at, row};
+// Lists as many places as the lane misses rows at most: free ones, then all candidates of lower bins, then of the last bin whoever comes
+// first. A lane may have fewer candidates than that, never fewer than misses.
+__device__ __forceinline__ void list_victims(const Lane& lane, const Part rows, const Share share, u32 horizon, u32 part, Sum own_free, Tile& tile, Room& room) {
+    const u32 free = min(share.missed, share.free);
+    if (free > share.free_before) {
+        u32 index = share.free_before + own_free.before;
+        for (u32 place = part * THREADS + threadIdx.x; place < lane.pool; place += PARTS * THREADS) {
+            const u32 at = stored_at(room.blocks, place), row = lane.owner[at];
+            if (row >= horizon && index++ < free) lane.victims[index - 1] = {place, row, at, 0};
         }
     }
-    if (missed == free) return;
-    const Cut cut = find_cut(lane.bins, missed - free, room.sums[0], &room.cut);
+    if (share.missed == free) return;
+    const Cut cut = find_cut(lane.bins, share.missed - free, share.key / REFINED, room.sums[0], &room.cut);
     for (u32 base = rows.first; base < rows.end; base += TILE_ROWS) {
         const u32 row = base + threadIdx.x * OWN_ROWS;
         load_tile(lane, row, rows.end, tile, room);
         const OwnValues &keys = room.keys[threadIdx.x], &places = room.places[threadIdx.x];
-        const u32 over = at_least(keys, threshold + 1), taken_to = min(max((int)room.last_tie - (int)row, 0), (int)OWN_ROWS);
+        const u32 over = at_least(keys, share.key + 1), taken_to = min(max((int)room.last_tie - (int)row, 0), (int)OWN_ROWS);
         u32 lower = 0, last = 0;
-        for (u32 rest = tile.hot & ~over & ~(at_least(keys, threshold) & ((1u << taken_to) - 1)); rest;) {
+        for (u32 rest = tile.hot & ~over & ~(at_least(keys, share.key) & ((1u << taken_to) - 1)); rest;) {
             const u32 i = next_bit(rest), bin = value_at(keys, i) / REFINED;
             lower |= (u32)(bin < cut.bin) << i;
             last |= (u32)(bin == cut.bin) << i;
@@ -370,12 +439,12 @@ __device__ __forceinline__ void list_victims(const Lane& lane, const LayerPlace&
         __syncthreads();
         u32 of_lower = room.first_lower + (sum.before & 0xFFFFu), of_last = room.first_last + (sum.before >> 16);
         while (lower) {
-            const u32 i = next_bit(lower);
-            lane.victims[free + cut.of_last + of_lower++] = {value_at(places, i), row + i};
+            const u32 i = next_bit(lower), place = value_at(places, i);
+            lane.victims[free + of_lower++] = {place, row + i, stored_at(room.blocks, place), 0};
         }
         for (; last && of_last < cut.of_last; of_last++) {
-            const u32 i = next_bit(last);
-            lane.victims[free + of_last] = {value_at(places, i), row + i};
+            const u32 i = next_bit(last), place = value_at(places, i);
+            lane.victims[free + cut.lower + of_last] = {place, row + i, stored_at(room.blocks, place), 0};
         }
     }
 }
@@ -397,12 +466,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) select(const StepJob jo
 #pragma unroll
         for (u32 i = 0; i < OWN_PLACES; i++) {
             const u32 at = (i * PARTS + part) * THREADS + threadIdx.x;
-            free += at < place.pool && lane.owner[at] >= horizon;
+            free += at < lane.pool && lane.owner[stored_at(lane.blocks, at)] >= horizon;
         }
     }
     for (u32 i = threadIdx.x; i < BINS; i += THREADS) room.bins[i] = 0;
+    for (u32 i = threadIdx.x; i < lane.pool / POOL_BLOCK; i += THREADS) room.blocks[i] = lane.blocks[i];
+    if (threadIdx.x < REFINED) room.first_cold[threadIdx.x] = NOBODY, room.before[threadIdx.x] = 0;
     if (threadIdx.x < ABOVE_WORDS) room.counts[threadIdx.x] = 0;
     if (threadIdx.x == 0) room.last_tie = 0;
+    // The words of a sum are read before the barriers that follow.
+    const Sum own_free = block_sum(free, room.sums[1]);
     enter_stream();
     if (horizon == 0) return;
     load_tile(lane, own_first, rows.end, tile, room);
@@ -411,22 +484,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) select(const StepJob jo
     const u32 bin = find_bin(reinterpret_cast<const u32*>(job.histogram) + own_lane * BINS, sequence.count, room.sums[0], &room.found);
     count_part(lane, rows, bin, tile, room);
     __syncthreads();
-    if (threadIdx.x < ABOVE_WORDS) above[part * ABOVE_WORDS + threadIdx.x] = room.counts[threadIdx.x];
+    if (lane.map) {
+        count_before_cold(lane, rows, bin, tile, room);
+        for (u32 i = threadIdx.x; i < BINS; i += THREADS)
+            if (room.bins[i]) atomicAdd(&lane.bins[i], room.bins[i]);
+        __syncthreads();
+    }
+    publish(own_free.all, above + part * ABOVE_WORDS, room);
     meet(arrivals, PARTS);
-    const Share share = share_of(above, bin, sequence.count, part, room.share);
+    const Share share = share_of(above, bin, sequence.count, part, room.above, room.share);
     const u32 missed = list_part(lane, rows, share, tile, room);
     if (lane.map == nullptr) return;
-    const Sum own_free = block_sum(free, room.sums[0]);
-    for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS)
-        if (room.bins[bin]) atomicAdd(&lane.bins[bin], room.bins[bin]);
     if (threadIdx.x == 0) {
         if (missed) atomicAdd(&lane.counts->missed, missed);
-        if (own_free.all) atomicAdd(&lane.counts->free, own_free.all);
         reinterpret_cast<PartCounts*>(job.part_counts)[own_lane * PARTS + part] = {share.first, missed};
         u64* counters = reinterpret_cast<u64*>(job.counters) + own_lane * 2;
         atomicAdd(&counters[0], (u64)(share.count - missed));
         if (missed) atomicAdd(&counters[1], (u64)missed);
     }
-    meet(arrivals, PARTS);
-    list_victims(lane, place, rows, horizon, part, share.key, own_free, tile, room);
+    if (share.missed) list_victims(lane, rows, share, horizon, part, own_free, tile, room);
 }

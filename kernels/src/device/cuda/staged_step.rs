@@ -7,7 +7,7 @@ use cudarc::driver::CudaStream;
 use super::batch::BatchShape;
 use super::buffer::DeviceBuffer;
 use super::error::CudaError;
-use super::jobs::{Arrivals, BINS, LayerPlace, NOBODY, PARTS, REFINED, SAMPLE_SUMS, SequenceState, StepJob, VictimCounts};
+use super::jobs::{ABOVE_WORDS, Arrivals, BINS, LayerPlace, NOBODY, PARTS, SAMPLE_SUMS, SequenceState, StepJob, VictimCounts};
 use super::label::Labeller;
 use super::module::{Grid, Modules, Source, Specialisation};
 use super::step::{SCORE_THREADS, SELECT_THREADS, score_blocks_of_lane};
@@ -117,7 +117,7 @@ pub(super) fn select(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Sele
         room.write(stream, lane * padded, keys)?;
     }
     let histogram = DeviceBuffer::<u32>::zeroed(context, lanes * BINS)?;
-    let above = DeviceBuffer::<u32>::zeroed(context, lanes * PARTS * (1 + REFINED))?;
+    let above = DeviceBuffer::<u32>::zeroed(context, lanes * PARTS * ABOVE_WORDS)?;
     let list = DeviceBuffer::<u32>::zeroed(context, lanes * count)?;
     let arrivals = DeviceBuffer::<Arrivals>::zeroed(context, lanes)?;
     let state = SequenceState {
@@ -219,7 +219,7 @@ pub(super) fn attend(
     let module = modules.get(Source::Attend, &specialisation)?;
     let context = stream.context();
     let (hot, tail) = (DeviceBuffer::from_slice(stream, &rows.listed)?, DeviceBuffer::from_slice(stream, &rows.tail)?);
-    let places: Vec<u32> = (0..lanes).flat_map(|_| 0..rows.listed_per_lane as u32).collect();
+    let places: Vec<u32> = (0..(lanes * rows.listed_per_lane) as u32).collect();
     let places = DeviceBuffer::from_slice(stream, &places)?;
     let query = DeviceBuffer::from_slice(stream, job.query)?;
     let scales = DeviceBuffer::from_slice(stream, &geometry.lane_scales())?;
@@ -242,7 +242,6 @@ pub(super) fn attend(
         tail: tail.address(),
         hot: hot.address(),
         map: map.address(),
-        pool: rows.listed_per_lane as u32,
         tail_chunks: (rows.tail.len() / geometry.page_bytes()).max(1) as u32,
         ..LayerPlace::default()
     };

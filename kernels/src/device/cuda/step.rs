@@ -1,10 +1,11 @@
 //! The kernels of a decode step and their launches, one layer of one sequence at a time: the path of a token on the device, in order.
 
+use bytemuck::{Pod, Zeroable};
 use cudarc::driver::CudaStream;
 
 use super::compile::Compiler;
 use super::error::CudaError;
-use super::jobs::{PARTS, StepJob};
+use super::jobs::{PARTS, POOL_BLOCK, StepJob};
 use super::module::{Grid, Kernel, Module, Source, Specialisation};
 use super::open::Gpu;
 
@@ -24,9 +25,17 @@ pub struct StepKernels {
     select: Kernel,
     gather: Kernel,
     attend: Kernel,
+    move_blocks: Kernel,
     attend_threads: usize,
     /// Blocks of the score kernel that run at once.
     score_blocks: usize,
+}
+
+/// Moves of hot places: struct MoveJob of hot.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub(super) struct MoveJob {
+    moves: u64,
 }
 
 /// How a layer's launches are laid out. Grids never change within a graph; what they find to do does.
@@ -63,6 +72,7 @@ impl StepKernels {
             select: select.overlapping_kernel("select", 0)?,
             gather: hot.overlapping_kernel("gather", 0)?,
             attend: attend.overlapping_kernel("attend", 0)?,
+            move_blocks: hot.kernel("move_blocks", 0)?,
             attend_threads: 32 * specialisation.attend_warps(),
             score_blocks,
         })
@@ -72,7 +82,7 @@ impl StepKernels {
     #[must_use]
     pub fn apart(&self) -> Self {
         let [score, select, gather, attend] = [&self.score, &self.select, &self.gather, &self.attend].map(Kernel::apart);
-        Self { score, select, gather, attend, ..*self }
+        Self { score, select, gather, attend, move_blocks: self.move_blocks.clone(), ..*self }
     }
 
     /// Blocks of the score kernel that run at once.
@@ -128,6 +138,18 @@ impl StepKernels {
         let blocks = [grid.attend_blocks, grid.lanes, 1];
         // SAFETY: the caller's promise.
         unsafe { self.attend.launch(stream, Grid { blocks, threads: self.attend_threads }, job) }
+    }
+
+    /// Gives `count` blocks of hot places to other lanes, as `moves` says: [`super::store::BlockMove`] by block.
+    ///
+    /// # Safety
+    /// As [`StepKernels::score`].
+    ///
+    /// # Errors
+    /// As [`StepKernels::score`].
+    pub unsafe fn move_blocks(&self, stream: &CudaStream, moves: u64, count: usize) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.move_blocks.launch(stream, Grid { blocks: [count, 1, 1], threads: POOL_BLOCK }, &MoveJob { moves }) }
     }
 
     /// One layer of a sparse step, whole.

@@ -15,6 +15,11 @@ constexpr u32 REFINED = 32;
 constexpr u32 SAMPLE_SUMS = 1024;
 // Blocks that share a lane while rows are selected: each takes a contiguous part of the rows.
 constexpr u32 PARTS = 32;
+// What a part of a lane's rows publishes before its blocks meet: words of a table, and 16-bit values in pairs. An odd number of words, so that
+// parts lie in shared-memory banks of their own.
+constexpr u32 ABOVE_WORDS = 53;
+// Hot places are given to lanes in blocks of so many.
+constexpr u32 POOL_BLOCK = 64;
 
 // What a step needs to know of the sequence in a batch slot. In device memory, changed between launches only.
 struct SequenceState {
@@ -32,14 +37,21 @@ struct SequenceState {
 struct LayerPlace {
     u64 labels;  // [label slot][lane][256 x LABEL_BYTES]
     u64 tail;    // [chunk % tail_chunks][lane][256][ROW_BYTES]: rows from the horizon on
-    u64 hot;     // [lane][pool][ROW_BYTES]
-    u64 map;     // u16[lane][max_rows]: hot place of a row, or COLD
-    u64 owner;   // u32[lane][pool]: row of a hot place, or NOBODY
-    u32 pool;    // hot places a lane; at most COLD
+    u64 hot;     // [stored row][ROW_BYTES]: hot rows of all layers; without a map [lane][max_rows][ROW_BYTES] of this one
+    u64 map;     // u16[lane][max_rows]: hot place of a row, or COLD; or none
+    u64 owner;   // u32[stored row]: row of the lane that has the place, or NOBODY
+    u64 blocks;  // u32[lane][max_blocks]: block of stored rows that a lane's places 64 i and on are
+    u64 pools;   // u32[lane]: hot places, a multiple of POOL_BLOCK and less than COLD
     u32 tail_chunks;
-    u32 max_rows;  // of the map
+    u32 max_rows;    // of the map
+    u32 max_blocks;  // of a lane's places
     u32 unused;
 };
+
+// Where a lane's hot place is stored. `blocks` are the lane's.
+__device__ __forceinline__ u32 stored_at(const u32* blocks, u32 place) {
+    return blocks[place / POOL_BLOCK] * POOL_BLOCK + place % POOL_BLOCK;
+}
 
 // What a part of a lane's rows contributes to the lane's list.
 struct PartCounts {
@@ -55,23 +67,23 @@ struct Miss {
 };
 
 // A hot place to be taken, and the row that it holds, or NOBODY.
-struct Victim {
+struct __align__(16) Victim {
     u32 place, row;
+    u32 at;  // where the place is stored
+    u32 unused;
 };
 
 // What a lane's victims are counted with.
 struct VictimCounts {
     u32 lower, last;  // places taken of lower bins, and of the last one
     u32 missed;       // selected rows that are not hot
-    u32 free;         // places whose row is nobody's or after the horizon
-    u32 taken;        // of them
-    u32 unused[3];
+    u32 unused;
 };
 
 // Blocks of a lane that came somewhere. Counts go on from launch to launch.
 struct Arrivals {
     u32 score;   // to the barrier of score.cu, whose grid never changes
-    u32 select;  // to a barrier of select.cu
+    u32 select;  // to the barrier of select.cu
     u32 attend;  // to the end of attention, modulo the lane's blocks
     u32 unused;
 };
@@ -93,9 +105,9 @@ struct StepJob {
     u64 label_lse;     // f32[slot][query head][SAMPLE_SUMS][2]: maximum (log2) and sum of the sampled label scores
     u64 keys;          // u16[slot][lane][max_rows]
     u64 histogram;     // u32[slot][lane][BINS]: keys by their upper bits
-    u64 above;         // u32[slot][lane][PARTS][1 + REFINED]
+    u64 above;         // u32[slot][lane][PARTS][ABOVE_WORDS]
     u64 positions;     // u32[slot][lane][max_count]: selected rows, ascending
-    u64 hot_places;    // u32[slot][lane][max_count]: where they are hot
+    u64 hot_places;    // u32[slot][lane][max_count]: stored rows that they are
     u64 misses;        // Miss[slot][lane][max_count], by part
     u64 part_counts;   // PartCounts[slot][lane][PARTS]
     u64 victim_bins;   // u32[slot][lane][BINS]: hot rows that may be dropped, likewise
