@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use super::group::Group;
+use super::labels::LabelHold;
 use super::state::Progress;
 use crate::decoder::{Item, StepError};
-use crate::device::cuda::CudaError;
 use crate::device::cuda::host::{HostPage, HostSegment};
 use crate::device::cuda::seat::Seat;
+use crate::device::cuda::{CudaError, Doing};
 use crate::sequence::Sequence;
 use crate::slot::CHUNK_TOKENS;
 
@@ -23,22 +24,40 @@ pub(super) struct LayerState<'a> {
 }
 
 impl LayerState<'_> {
-    /// Brings labels of chunks to the device: the daemon's where they are mapped, others from their rows.
-    pub(super) fn take_up_labels(&mut self, group: &Group, places: &[u32], files: &[(usize, Arc<HostSegment>)]) -> Result<(), CudaError> {
-        let (batch, mut first) = (group.step.batch(), self.progress.labelled);
-        let made: Vec<&[u8]> = (first..places.len()).map_while(|chunk| self.sequence.label_page(self.layer, chunk)).collect();
+    /// Brings labels of chunks to the device, as far as no other sequence has: the daemon's where they are mapped, others from their rows.
+    pub(super) fn take_up_labels(
+        &mut self,
+        group: &Group,
+        labels: &[LabelHold],
+        places: &[u32],
+        files: &[(usize, Arc<HostSegment>)],
+    ) -> Result<(), CudaError> {
+        let batch = group.step.batch();
+        let (mut copied, mut made, mut pages) = (Vec::new(), Vec::new(), Vec::new());
+        for chunk in self.progress.labelled..places.len() {
+            let page = &*labels[chunk].page;
+            if page.is_made(self.own_layer) {
+                continue;
+            }
+            if let Some(of_daemon) = self.sequence.label_page(self.layer, chunk) {
+                // SAFETY: the labels are the sequence's, which is borrowed until the stream has been waited for.
+                unsafe { page.write_async(batch.stream(), self.own_layer, of_daemon)? };
+                copied.push(page);
+            } else {
+                let (number, slot) = ((places[chunk] >> 16) as usize, places[chunk] & 0xFFFF);
+                let (_, segment) = files.iter().find(|(held, _)| *held == number).ok_or(CudaError::NoHostRows)?;
+                pages.push(HostPage { segment, slot });
+                made.push(page);
+            }
+        }
+        if !copied.is_empty() {
+            batch.stream().synchronize().doing("copying labels")?;
+        }
         if !made.is_empty() {
-            self.seat.write_labels(batch.stream(), self.own_layer, first, &made)?;
-            first += made.len();
+            let addresses: Vec<u64> = made.iter().map(|page| page.address(self.own_layer)).collect();
+            batch.make_labels_at(self.own_layer, &addresses, &pages)?;
         }
-        if first < places.len() {
-            let page = |&place: &u32| {
-                let (_, segment) = files.iter().find(|(number, _)| *number == (place >> 16) as usize).ok_or(CudaError::NoHostRows)?;
-                Ok(HostPage { segment, slot: place & 0xFFFF })
-            };
-            let pages = places[first..].iter().map(page).collect::<Result<Vec<HostPage<'_>>, CudaError>>()?;
-            batch.make_labels(self.own_layer, self.seat, first, &pages)?;
-        }
+        copied.iter().chain(&made).for_each(|page| page.note_made(self.own_layer));
         self.progress.labelled = self.progress.labelled.max(places.len());
         Ok(())
     }

@@ -7,12 +7,14 @@
 pub mod balance;
 mod files;
 mod group;
+mod labels;
 mod layer;
 mod limits;
 mod look_ahead;
 mod state;
 mod step;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
@@ -22,6 +24,7 @@ use crate::budget::Budget;
 use crate::device::cuda::compile::Compiler;
 use crate::device::cuda::host::{HostFile, HostPart};
 use crate::device::cuda::jobs::COLD;
+use crate::device::cuda::label_pages::LabelPage;
 use crate::device::cuda::seat::{DeviceBytes, Kept, Seat, SeatShape};
 use crate::device::cuda::{CudaError, Doing, Gpu};
 use crate::sequence::Sequence;
@@ -29,6 +32,7 @@ use crate::slot::{CHUNK_TOKENS, SlotClass};
 use balance::Balance;
 use files::Files;
 use group::{Group, GroupKey, Room};
+use labels::{LabelHold, LabelRoom, LabelStore, SLAB_CHUNKS};
 use limits::Ledger;
 use state::{Progress, ResidentPart, TailPage};
 
@@ -53,6 +57,8 @@ pub(super) struct ResidentDecoder {
     stream: Option<Arc<CudaStream>>,
     files: Files,
     groups: Vec<Group>,
+    /// By group.
+    labels: Vec<LabelStore>,
     /// Group and slot of the last step that selected.
     last: Option<(usize, usize)>,
 }
@@ -87,8 +93,8 @@ impl Size {
 
 impl ResidentDecoder {
     pub(super) fn new(gpu: Gpu, compiler: Arc<Compiler>) -> Self {
-        let (files, groups) = (Files::default(), Vec::new());
-        Self { gpu, compiler, limits: DeviceLimits::default(), ledger: None, stream: None, files, groups, last: None }
+        let (files, groups, labels) = (Files::default(), Vec::new(), Vec::new());
+        Self { gpu, compiler, limits: DeviceLimits::default(), ledger: None, stream: None, files, groups, labels, last: None }
     }
 
     pub(super) fn set_limits(&mut self, limits: DeviceLimits) {
@@ -103,6 +109,7 @@ impl ResidentDecoder {
     /// Lets go of the memory of sequences that are gone.
     pub(super) fn sweep(&mut self) {
         self.groups.iter_mut().for_each(Group::sweep);
+        self.labels.iter_mut().for_each(LabelStore::sweep);
         let knowing = |number: usize, groups: &[Group]| groups.iter().filter(|group| group.step.batch().segment(number).is_some()).count();
         for (number, segment) in self.files.known() {
             // The reference at hand, and those of batches.
@@ -189,14 +196,14 @@ impl ResidentDecoder {
                 kept: Kept::Pool(size.pool),
                 tail_chunks: size.tail_chunks,
             };
-            let charge = ledger.charge(shape.bytes())?;
+            let charge = ledger.charge(shape.bytes_without_labels())?;
             let entries = size.max_count + size.tail_chunks * CHUNK_TOKENS;
             let group = self.group(&ledger, key, Room { slots: 1, tokens: size.capacity, count: size.max_count, entries })?;
-            let seat = Arc::new(Seat::new(&self.gpu, &stream, &shape)?);
+            let seat = Arc::new(Seat::without_labels(&self.gpu, &stream, &shape, shape.label_slab(SLAB_CHUNKS))?);
             layers.iter().enumerate().for_each(|(own, &layer)| part_of_layer[layer] = Some((parts.len(), own)));
             let progress = Progress { labelled: 0, tail: vec![TailPage::default(); size.tail_chunks] };
             let balance = Balance::new(layers.len() * shape.geometry.heads.lanes());
-            parts.push(ResidentPart { group, seat, layers: vec![progress; layers.len()], balance, _charge: charge });
+            parts.push(ResidentPart { group, seat, layers: vec![progress; layers.len()], balance, labels: Vec::new(), _charge: charge });
         }
         Ok(Box::new(Resident {
             parts,
@@ -219,6 +226,7 @@ impl ResidentDecoder {
             return Ok(index);
         }
         self.groups.push(Group::new(&self.gpu, &self.compiler, &stream, ledger, key, room)?);
+        self.labels.push(LabelStore::default());
         Ok(self.groups.len() - 1)
     }
 
@@ -229,8 +237,7 @@ impl ResidentDecoder {
             return Ok(());
         }
         for (to, from) in made.parts.iter_mut().zip(&held.parts) {
-            let labelled = from.layers.iter().map(|layer| layer.labelled).max().unwrap_or(0);
-            to.seat.take_over_labels(&stream, &from.seat, labelled)?;
+            to.labels.clone_from(&from.labels);
             to.layers.iter_mut().zip(&from.layers).for_each(|(to, from)| to.labelled = from.labelled);
             if made.tail_chunks == held.tail_chunks {
                 to.seat.take_over_tail(&stream, &from.seat)?;
@@ -261,10 +268,27 @@ impl ResidentDecoder {
             let number = self.number(resident, &file)?;
             resident.places.push((number << 16) as u32 | slot);
         }
-        resident.sealed = sealed;
-        for part in &resident.parts {
+        for part in &mut resident.parts {
+            self.hold_labels(part, first..resident.places.len())?;
             part.seat.set_host_places(&stream, first, &resident.places[first..])?;
         }
+        resident.sealed = sealed;
+        Ok(())
+    }
+
+    /// Takes hold of the labels of chunks.
+    fn hold_labels(&mut self, part: &mut ResidentPart, chunks: Range<usize>) -> Result<(), CudaError> {
+        let (ledger, stream) = (self.ledger()?, self.stream()?);
+        let room = LabelRoom { gpu: &self.gpu, ledger: &ledger, slab: part.seat.shape().label_slab(SLAB_CHUNKS) };
+        let store = &mut self.labels[part.group];
+        let first = chunks.start;
+        let holds: Vec<LabelHold> = chunks.map(|chunk| store.hold(&room, part.labels.get(chunk))).collect::<Result<_, _>>()?;
+        let pages: Vec<Arc<LabelPage>> = holds.iter().map(|hold| Arc::clone(&hold.page)).collect();
+        part.seat.set_label_pages(&stream, first, &pages)?;
+        // Which of these pages have labels they say themselves.
+        part.layers.iter_mut().for_each(|layer| layer.labelled = layer.labelled.min(first));
+        let replaced = first..part.labels.len().min(first + holds.len());
+        part.labels.splice(replaced, holds);
         Ok(())
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::balance::{Balance, BlockBounds};
+use super::labels::LabelHold;
 use super::limits::Charge;
 use crate::device::cuda::CudaError;
 use crate::device::cuda::batch::Batch;
@@ -43,6 +44,8 @@ pub(super) struct ResidentPart {
     pub(super) layers: Vec<Progress>,
     /// Misses by lane, and what follows from them for the pools.
     pub(super) balance: Balance,
+    /// By chunk.
+    pub(super) labels: Vec<LabelHold>,
     pub(super) _charge: Charge,
 }
 
@@ -81,7 +84,10 @@ impl Resident {
         self.places.clear();
         self.sealed = 0;
         self.hot_stale = true;
-        self.parts.iter_mut().flat_map(|part| &mut part.layers).for_each(|layer| layer.truncate(length));
+        for part in &mut self.parts {
+            part.layers.iter_mut().for_each(|layer| layer.truncate(length));
+            part.labels.truncate(length / CHUNK_TOKENS);
+        }
     }
 }
 

@@ -84,7 +84,7 @@ impl ResidentDecoder {
         let group = &self.groups[of_part.group];
         let progress = &mut of_part.layers[own_layer];
         let mut state = LayerState { layer, own_layer, sequence: item.sequence, seat: &of_part.seat, progress };
-        state.take_up_labels(group, &resident.places[..before_horizon], &resident.files)?;
+        state.take_up_labels(group, &of_part.labels, &resident.places[..before_horizon], &resident.files)?;
         state.take_up_rows(group, before_horizon, position)?;
         let work = if plan.count > 0 { LayerWork::Sparse } else { LayerWork::Exact };
         let launch = Launch { group: of_part.group, layer: own_layer, work };

@@ -95,7 +95,6 @@ struct Workspace {
     victims: DeviceBuffer<Victim>,
     victim_counts: DeviceBuffer<VictimCounts>,
     partials: DeviceBuffer<f32>,
-    /// Twice: alone, and beside another slot.
     arrivals: DeviceBuffer<Arrivals>,
 }
 
@@ -178,12 +177,7 @@ impl Batch {
         let heads = shape.geometry.heads.query_heads();
         let context = &gpu.context;
         let (all, values) = (layers.len() * shape.slots, layers.len() * shape.slots * heads);
-        let blocks = StepBlocks {
-            lanes: shape.lanes(),
-            gather: shape.gather_blocks,
-            attend: shape.attend_blocks(),
-            arrivals: (shape.slots * shape.lanes() * size_of::<Arrivals>()) as u64,
-        };
+        let blocks = StepBlocks { lanes: shape.lanes(), gather: shape.gather_blocks, attend: shape.attend_blocks() };
         let mut batch = Self {
             pipeline: Pipeline::new(gpu, kernels, stream, blocks, shape.slots)?,
             places: DeviceBuffer::zeroed(context, all)?,
@@ -413,11 +407,20 @@ impl Batch {
     /// # Errors
     /// More chunks than there is room for, or a failed launch.
     pub fn make_labels(&self, layer: usize, seat: &Seat, first: usize, pages: &[HostPage<'_>]) -> Result<(), CudaError> {
-        let of_layer = &self.layers[layer];
         bound("chunks", first + pages.len(), 0, seat.shape().chunks())?;
         let labels: Vec<u64> = (first..first + pages.len()).map(|chunk| seat.label_address(layer, chunk)).collect();
+        self.make_labels_at(layer, &labels, pages)
+    }
+
+    /// Labels chunks in one layer from their rows on the host, each to its address of a label page. Waits.
+    ///
+    /// # Errors
+    /// A failed launch.
+    pub(crate) fn make_labels_at(&self, layer: usize, labels: &[u64], pages: &[HostPage<'_>]) -> Result<(), CudaError> {
+        assert_eq!(labels.len(), pages.len(), "an address for each chunk");
+        let of_layer = &self.layers[layer];
         let pages: Vec<u64> = pages.iter().map(|&page| of_layer.host.address(page)).collect();
-        let (pages, labels) = (DeviceBuffer::from_slice(&self.stream, &pages)?, DeviceBuffer::from_slice(&self.stream, &labels)?);
+        let (pages, labels) = (DeviceBuffer::from_slice(&self.stream, &pages)?, DeviceBuffer::from_slice(&self.stream, labels)?);
         // SAFETY: the tables live until the stream has been waited for, label pages are the seat's own, and rows are registered while
         // their segments are borrowed.
         unsafe { of_layer.labeller.launch(&self.stream, pages.address(), labels.address(), pages.len())? };
@@ -667,7 +670,7 @@ impl Workspace {
             victims: DeviceBuffer::zeroed(context, listed)?,
             victim_counts: DeviceBuffer::zeroed(context, lanes)?,
             partials: DeviceBuffer::zeroed(context, lanes * shape.lane_partials())?,
-            arrivals: DeviceBuffer::zeroed(context, 2 * lanes)?,
+            arrivals: DeviceBuffer::zeroed(context, lanes)?,
         })
     }
 

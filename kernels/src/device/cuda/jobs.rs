@@ -17,7 +17,7 @@ pub const ABOVE_WORDS: usize = 53;
 /// Hot places are given to lanes in blocks of so many.
 pub const POOL_BLOCK: usize = 64;
 /// Sums of sampled scores that a head has at most.
-pub const SAMPLE_SUMS: usize = 1024;
+pub const SAMPLE_SUMS: usize = 64;
 
 /// What a step needs to know of the sequence in a batch slot.
 #[repr(C)]
@@ -25,7 +25,7 @@ pub const SAMPLE_SUMS: usize = 1024;
 pub struct SequenceState {
     /// Address of u32 by chunk: host place of its rows, `segment << 16 | index`.
     pub slots: u64,
-    /// Address of u32 by chunk: place of its labels.
+    /// Address of u64 by chunk: address of its labels in the first layer, `[lane][256 x label_bytes]`.
     pub label_slots: u64,
     /// End of the attended rows: the query's position + 1. Zero: nobody is in this batch slot.
     pub length: u32,
@@ -45,7 +45,7 @@ pub struct SequenceState {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 pub struct LayerPlace {
-    /// `[label slot][lane][256 x label_bytes]`.
+    /// Bytes from a chunk's labels in the first layer to those in this one.
     pub labels: u64,
     /// `[chunk % tail_chunks][lane][256][row_bytes]`: rows from the horizon on.
     pub tail: u64,
@@ -123,7 +123,7 @@ pub struct VictimCounts {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 pub struct Arrivals {
-    /// To the barrier of the scores.
+    /// In the score kernel: 128 a launch, whatever its blocks.
     pub score: u32,
     /// To the barrier of the selection.
     pub select: u32,
@@ -161,7 +161,7 @@ pub struct StepJob {
     pub output: u64,
     /// f32 `[slot][query head]`.
     pub lse: u64,
-    /// f32 `[slot][query head][SAMPLE_SUMS][2]`.
+    /// u64 `[slot][query head][SAMPLE_SUMS]`: log-sum-exps and their launch.
     pub label_lse: u64,
     /// u16 `[slot][lane][max_rows]`.
     pub keys: u64,

@@ -13,6 +13,7 @@ pub mod host;
 pub mod host_step;
 pub mod jobs;
 pub mod label;
+pub mod label_pages;
 pub mod many;
 pub mod module;
 pub mod open;

@@ -101,12 +101,13 @@ pub enum Source {
 }
 
 /// What the sources include.
-const HEADERS: [(&str, &str); 6] = [
+const HEADERS: [(&str, &str); 7] = [
     ("common.cuh", include_str!("common.cuh")),
     ("append.cuh", include_str!("append.cuh")),
     ("meet.cuh", include_str!("meet.cuh")),
     ("mma.cuh", include_str!("mma.cuh")),
     ("types.cuh", include_str!("types.cuh")),
+    ("sample.cuh", include_str!("sample.cuh")),
     ("tile.cuh", include_str!("tile.cuh")),
 ];
 

@@ -21,9 +21,6 @@ pub(super) struct StepBlocks {
     pub(super) gather: usize,
     /// A lane.
     pub(super) attend: usize,
-    /// Bytes from a job's arrivals to those that it has beside another sequence: blocks that wait for each other count their launches, and
-    /// grids of two sizes cannot count together.
-    pub(super) arrivals: u64,
 }
 
 /// Streams, and the events that join them.
@@ -35,7 +32,6 @@ pub(super) struct Pipeline {
     alone: StepGrid,
     /// Beside the gather of another sequence: one block of the score kernel a processor, so that both have room.
     beside: StepGrid,
-    arrivals: u64,
     stream: Arc<CudaStream>,
     gathers: Arc<CudaStream>,
     attends: Arc<CudaStream>,
@@ -64,7 +60,6 @@ impl Pipeline {
         Ok(Self {
             alone: grid(kernels.score_blocks()),
             beside: grid(kernels.score_blocks().min(gpu.processors as usize)),
-            arrivals: blocks.arrivals,
             apart: kernels.apart(),
             kernels,
             stream: Arc::clone(stream),
@@ -92,7 +87,6 @@ impl Pipeline {
         for (slot, job) in jobs.iter().enumerate() {
             // Kernels that come early take places and wait: beside a gather they would keep it from starting.
             let (early, grid) = if slot == 0 { (&self.kernels, &self.alone) } else { (&self.apart, &self.beside) };
-            let job = &if slot == 0 { *job } else { StepJob { arrivals: job.arrivals + self.arrivals, ..*job } };
             // SAFETY: the caller's promise; streams are joined by events before anything is read that another one writes.
             unsafe {
                 self.apart.score(&self.stream, grid, job)?;

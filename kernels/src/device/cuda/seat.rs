@@ -1,14 +1,17 @@
 //! The device memory of one sequence: its labels, hot rows and newest rows in every layer of one shape.
 //!
 //! A seat is allocated when a sequence is admitted and freed with its value. A [`super::batch::Batch`] works on any seats of its shape.
+//! Labels of a chunk may lie in a page that other seats hold as well.
 
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
+use parking_lot::Mutex;
 
 use super::buffer::{DeviceBuffer, copy};
 use super::error::{CudaError, Doing};
 use super::jobs::{COLD, LayerPlace, POOL_BLOCK};
+use super::label_pages::{LabelPage, LabelSlab, SlabShape};
 use super::open::Gpu;
 use super::store::{BlockMove, HotStore, PoolMove};
 use crate::device::LayerGeometry;
@@ -106,6 +109,12 @@ impl SeatShape {
         self.lanes() * CHUNK_TOKENS * self.plan.label_bytes()
     }
 
+    /// A slab of the labels of `chunks` chunks.
+    #[must_use]
+    pub fn label_slab(&self, chunks: usize) -> SlabShape {
+        SlabShape { layers: self.layers, chunks, page_bytes: self.label_page_bytes() }
+    }
+
     /// Whether rows are where maps say.
     pub(super) fn has_maps(&self) -> bool {
         matches!(self.kept, Kept::Pool(_))
@@ -116,17 +125,23 @@ impl SeatShape {
         if self.has_maps() { self.lanes() * self.max_tokens } else { 0 }
     }
 
-    /// What a seat takes.
+    /// What a seat with labels of its own takes.
     #[must_use]
     pub fn bytes(&self) -> DeviceBytes {
+        DeviceBytes { labels: self.label_slab(self.chunks()).bytes(), ..self.bytes_without_labels() }
+    }
+
+    /// What a seat takes whose labels lie in pages of others.
+    #[must_use]
+    pub fn bytes_without_labels(&self) -> DeviceBytes {
         let layers = self.layers as u64;
         let tables = if self.has_maps() { self.store_table_bytes() } else { 0 };
         DeviceBytes {
-            labels: layers * (self.chunks() * self.label_page_bytes()) as u64,
+            labels: 0,
             hot_rows: (self.places() * self.geometry.row_bytes()) as u64,
             maps: layers * (self.map_rows() * size_of::<u16>()) as u64 + tables as u64,
             tail: layers * (self.tail_chunks * self.geometry.page_bytes()) as u64,
-            workspace: (2 * self.chunks() * size_of::<u32>()) as u64,
+            workspace: (self.chunks() * (size_of::<u32>() + size_of::<u64>())) as u64,
         }
     }
 
@@ -151,7 +166,6 @@ pub(super) fn bound(field: &'static str, value: usize, low: usize, high: usize) 
 /// One layer's memory.
 #[derive(Debug)]
 struct SeatLayer {
-    labels: DeviceBuffer<u8>,
     tail: DeviceBuffer<u8>,
     map: DeviceBuffer<u16>,
 }
@@ -160,7 +174,6 @@ impl SeatLayer {
     fn new(gpu: &Gpu, shape: &SeatShape) -> Result<Self, CudaError> {
         let context = &gpu.context;
         Ok(Self {
-            labels: DeviceBuffer::uninitialised(context, shape.chunks() * shape.label_page_bytes())?,
             tail: DeviceBuffer::zeroed(context, shape.tail_chunks * shape.geometry.page_bytes())?,
             map: DeviceBuffer::filled(context, shape.map_rows())?,
         })
@@ -173,22 +186,44 @@ pub struct Seat {
     shape: SeatShape,
     layers: Vec<SeatLayer>,
     hot: HotStore,
-    /// By chunk: host places, then places of labels.
-    tables: DeviceBuffer<u32>,
+    /// By chunk: host places.
+    host_places: DeviceBuffer<u32>,
+    /// By chunk: address of its labels in the first layer.
+    label_places: DeviceBuffer<u64>,
+    /// From a layer's labels to the next layer's.
+    label_layer_bytes: u64,
+    /// By chunk: the pages that `label_places` names, kept for as long.
+    label_pages: Mutex<Vec<Arc<LabelPage>>>,
 }
 
 impl Seat {
-    /// Allocates everything; nothing is hot.
+    /// Allocates everything, and labels for all chunks; nothing is hot.
     ///
     /// # Errors
     /// A shape out of bounds, or memory that the device does not have.
     pub fn new(gpu: &Gpu, stream: &Arc<CudaStream>, shape: &SeatShape) -> Result<Self, CudaError> {
+        let seat = Self::without_labels(gpu, stream, shape, shape.label_slab(shape.chunks()))?;
+        let slab = LabelSlab::new(gpu, shape.label_slab(shape.chunks()), ())?;
+        let pages: Vec<Arc<LabelPage>> = std::iter::from_fn(|| slab.take()).map(Arc::new).collect();
+        seat.set_label_pages(stream, 0, &pages)?;
+        Ok(seat)
+    }
+
+    /// Allocates everything but labels, whose pages are to come from slabs of one shape; nothing is hot.
+    ///
+    /// # Errors
+    /// As [`Seat::new`].
+    pub fn without_labels(gpu: &Gpu, stream: &Arc<CudaStream>, shape: &SeatShape, slab: SlabShape) -> Result<Self, CudaError> {
         shape.check()?;
-        let layers = (0..shape.layers).map(|_| SeatLayer::new(gpu, shape)).collect::<Result<_, _>>()?;
-        let tables = DeviceBuffer::zeroed(&gpu.context, 2 * shape.chunks())?;
-        let labels: Vec<u32> = (0..shape.chunks() as u32).collect();
-        tables.write(stream, shape.chunks(), &labels)?;
-        Ok(Self { shape: shape.clone(), layers, hot: HotStore::new(gpu, stream, shape)?, tables })
+        Ok(Self {
+            shape: shape.clone(),
+            hot: HotStore::new(gpu, stream, shape)?,
+            layers: (0..shape.layers).map(|_| SeatLayer::new(gpu, shape)).collect::<Result<_, _>>()?,
+            host_places: DeviceBuffer::zeroed(&gpu.context, shape.chunks())?,
+            label_places: DeviceBuffer::zeroed(&gpu.context, shape.chunks())?,
+            label_layer_bytes: slab.layer_bytes(),
+            label_pages: Mutex::default(),
+        })
     }
 
     /// What there is room for.
@@ -203,15 +238,36 @@ impl Seat {
     /// More chunks than there is room for, or a failed copy.
     pub fn set_host_places(&self, stream: &Arc<CudaStream>, first: usize, places: &[u32]) -> Result<(), CudaError> {
         bound("chunks", first + places.len(), 0, self.shape.chunks())?;
-        self.tables.write(stream, first, places)
+        self.host_places.write(stream, first, places)
     }
 
     pub(super) fn host_places_address(&self) -> u64 {
-        self.tables.address()
+        self.host_places.address()
+    }
+
+    /// Tells kernels where the labels of the chunks from `first` on lie, and forgets those after them. Between steps.
+    ///
+    /// # Errors
+    /// More chunks than there is room for, or a failed copy.
+    pub fn set_label_pages(&self, stream: &Arc<CudaStream>, first: usize, pages: &[Arc<LabelPage>]) -> Result<(), CudaError> {
+        bound("chunks", first + pages.len(), 0, self.shape.chunks())?;
+        assert!(pages.iter().all(|page| page.slab_shape().layer_bytes() == self.label_layer_bytes), "pages of slabs of one shape");
+        let addresses: Vec<u64> = pages.iter().map(|page| page.address(0)).collect();
+        self.label_places.write(stream, first, &addresses)?;
+        let mut held = self.label_pages.lock();
+        held.truncate(first);
+        held.extend_from_slice(pages);
+        Ok(())
+    }
+
+    /// By chunk: the pages that the seat holds.
+    #[must_use]
+    pub fn label_pages(&self) -> Vec<Arc<LabelPage>> {
+        self.label_pages.lock().clone()
     }
 
     pub(super) fn label_places_address(&self) -> u64 {
-        self.tables.address_of(self.shape.chunks())
+        self.label_places.address()
     }
 
     /// What kernels need to know of a layer.
@@ -223,7 +279,7 @@ impl Seat {
             (self.hot.rows.address_of(self.layer_bytes(layer)), 0, 0)
         };
         LayerPlace {
-            labels: memory.labels.address(),
+            labels: layer as u64 * self.label_layer_bytes,
             tail: memory.tail.address(),
             hot,
             map: memory.map.address(),
@@ -268,21 +324,7 @@ impl Seat {
     /// Device address of a chunk's labels in a layer.
     #[must_use]
     pub fn label_address(&self, layer: usize, chunk: usize) -> u64 {
-        self.layers[layer].labels.address_of(chunk * self.shape.label_page_bytes())
-    }
-
-    /// Copies label pages of consecutive chunks, `lanes x 256 x label_bytes` each. Waits.
-    ///
-    /// # Errors
-    /// More chunks than there is room for, or a failed copy.
-    pub fn write_labels(&self, stream: &Arc<CudaStream>, layer: usize, first: usize, pages: &[&[u8]]) -> Result<(), CudaError> {
-        bound("chunks", first + pages.len(), 0, self.shape.chunks())?;
-        for (chunk, page) in (first..).zip(pages) {
-            assert_eq!(page.len(), self.shape.label_page_bytes(), "bytes of a label page");
-            // SAFETY: the pages are borrowed until the stream has been waited for.
-            unsafe { self.layers[layer].labels.write_async(stream, chunk * page.len(), page)? };
-        }
-        stream.synchronize().doing("copying labels")
+        self.label_pages.lock()[chunk].address(layer)
     }
 
     /// Labels of a chunk in a layer, `lanes x 256 x label_bytes`. Waits.
@@ -290,9 +332,8 @@ impl Seat {
     /// # Errors
     /// A failed copy.
     pub fn read_labels(&self, stream: &Arc<CudaStream>, layer: usize, chunk: usize) -> Result<Vec<u8>, CudaError> {
-        let mut page = vec![0; self.shape.label_page_bytes()];
-        self.layers[layer].labels.read(stream, chunk * page.len(), &mut page)?;
-        Ok(page)
+        let page = Arc::clone(&self.label_pages.lock()[chunk]);
+        page.read(stream, layer)
     }
 
     /// Device address of the pages from the horizon on: chunk c lies at page `c % tail_chunks`.
@@ -334,20 +375,6 @@ impl Seat {
             layer.map.fill(stream, 0..layer.map.len())?;
         }
         self.hot.owner.fill(stream, 0..self.hot.owner.len())
-    }
-
-    /// Takes over the labels of the first `chunks` chunks from a smaller seat of the same sequence.
-    ///
-    /// # Errors
-    /// A copy that the driver refuses.
-    pub fn take_over_labels(&self, stream: &Arc<CudaStream>, smaller: &Self, chunks: usize) -> Result<(), CudaError> {
-        assert!(chunks <= smaller.shape.chunks().min(self.shape.chunks()), "chunks of both seats");
-        let bytes = (chunks * self.shape.label_page_bytes()) as u64;
-        for layer in 0..self.shape.layers {
-            // SAFETY: both ranges lie in label pages of living seats; freeing a seat waits for the device.
-            unsafe { copy(stream, self.label_address(layer, 0), smaller.label_address(layer, 0), bytes)? };
-        }
-        Ok(())
     }
 
     /// Takes over the rows from the horizon on from a seat with as many pages for them.

@@ -52,7 +52,8 @@ pub(super) fn score(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Score
         assert_eq!(page.len(), page_bytes, "bytes of a label page");
         labels.write(stream, chunk * page_bytes, page)?;
     }
-    let label_slots = DeviceBuffer::from_slice(stream, &(0..chunks as u32).collect::<Vec<u32>>())?;
+    let label_slots =
+        DeviceBuffer::from_slice(stream, &(0..chunks).map(|chunk| labels.address_of(chunk * page_bytes)).collect::<Vec<u64>>())?;
     let query = DeviceBuffer::from_slice(stream, job.query)?;
     let label_lse = DeviceBuffer::<f32>::zeroed(context, lanes * group * SAMPLE_SUMS * 2)?;
     let room = DeviceBuffer::<u16>::zeroed(context, keys.len())?;
@@ -70,7 +71,7 @@ pub(super) fn score(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Score
         append_to: NOBODY,
         ..SequenceState::default()
     };
-    let place = LayerPlace { labels: labels.address(), tail: tail.address(), tail_chunks: 1, ..LayerPlace::default() };
+    let place = LayerPlace { tail: tail.address(), tail_chunks: 1, ..LayerPlace::default() };
     let seat = Seat::new(stream, state, place)?;
     let step = StepJob {
         new_rows: new_rows.address(),

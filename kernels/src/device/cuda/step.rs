@@ -13,7 +13,7 @@ use super::open::Gpu;
 pub(super) const SCORE_THREADS: usize = 512;
 pub(super) const SELECT_THREADS: usize = 512;
 const GATHER_THREADS: usize = 384;
-/// Blocks of the score kernel that share a lane at most.
+/// Blocks of the score kernel that share a lane at most: fewer than a launch counts arrivals (score.cu).
 const MOST_SCORE_BLOCKS: usize = 64;
 /// Most lanes that the gather keeps count of.
 pub const MAX_LANES: usize = 64;

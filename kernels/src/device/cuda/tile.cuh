@@ -49,47 +49,56 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// One warp a head. Products and roundings one by one: the weights are the same bits on every device.
-template <u32 G>
-__device__ __forceinline__ void weights_of_group(const float* query, const u16* channels, const float* steps, float scale, u32 head, LaneWeights& out) {
-    constexpr u32 first = 4 * quads_before(G), count = GROUPS[G].channels;
-    const u32 lane = threadIdx.x % 32;
-    float largest = 0.0f;
-    for (u32 c = lane; c < count; c += 32) largest = fmaxf(largest, fabsf(__fmul_rn(query[channels[first + c]], steps[first + c])));
-    largest = warp_max(largest);
-    const bool nothing = largest < 1e-30f;
-    const float factor = nothing ? 0.0f : __fdiv_rn(127.0f, largest);
-    const float unit = nothing ? 0.0f : __fdiv_rn(largest, 127.0f);
-    s8* weights = reinterpret_cast<s8*>(out.quads[head]);
-    for (u32 c = lane; c < count; c += 32) {
-        const float product = __fmul_rn(query[channels[first + c]], steps[first + c]);
-        weights[first + c] = (s8)floorf(__fadd_rn(__fmul_rn(product, factor), 0.5f));
-    }
-    if (lane == 0) out.factors[head][G] = unit * scale;
-    if constexpr (G + 1 < N_GROUPS) weights_of_group<G + 1>(query, channels, steps, scale, head, out);
-}
-
-// What the weights of a lane are made from, in shared memory.
-struct WeightSources {
+// What the weights of a lane are made from beside the query, in shared memory.
+struct Coder {
     u16 channels[CHANNELS];
     float steps[CHANNELS];
-    float query[GROUP * HEAD_DIM];
 };
 
-// Channels and steps, which no kernel writes.
-__device__ __forceinline__ void fetch_coder(const StepJob& job, u32 lane_index, WeightSources& out) {
+// Channels and steps, which no kernel writes; no barrier.
+__device__ __forceinline__ void fetch_coder(const StepJob& job, u32 lane_index, Coder& out) {
     const u16* channels = reinterpret_cast<const u16*>(job.channels) + lane_index * CHANNELS;
     const float* steps = reinterpret_cast<const float*>(job.steps) + lane_index * CHANNELS;
     for (u32 channel = threadIdx.x; channel < CHANNELS; channel += blockDim.x) out.channels[channel] = channels[channel], out.steps[channel] = steps[channel];
 }
 
-// Computes the weights of `lane_index` of a batch slot, by all threads of the block, after `fetch_coder`; ends with a barrier.
-__device__ __forceinline__ void make_weights(const StepJob& job, u32 slot, u32 lane_index, WeightSources& sources, LaneWeights& out) {
+// The weights of one group and head, by a warp. Products and roundings one by one: the weights are the same bits on every device.
+template <u32 G>
+__device__ __forceinline__ void weights_of_group(const float* query, const Coder& coder, float scale, u32 head, LaneWeights& out) {
+    constexpr u32 first = 4 * quads_before(G), count = GROUPS[G].channels, rounds = (count + 31) / 32;
+    const u32 lane = threadIdx.x % 32;
+    float products[rounds], largest = 0.0f;
+#pragma unroll
+    for (u32 round = 0; round < rounds; round++) {
+        const u32 c = round * 32 + lane;
+        products[round] = c < count ? __fmul_rn(query[coder.channels[first + c]], coder.steps[first + c]) : 0.0f;
+        largest = fmaxf(largest, fabsf(products[round]));
+    }
+    largest = warp_max(largest);
+    const bool nothing = largest < 1e-30f;
+    const float factor = nothing ? 0.0f : __fdiv_rn(127.0f, largest);
+    s8* weights = reinterpret_cast<s8*>(out.quads[head]);
+#pragma unroll
+    for (u32 round = 0; round < rounds; round++) {
+        const u32 c = round * 32 + lane;
+        if (c < count) weights[first + c] = (s8)floorf(__fadd_rn(__fmul_rn(products[round], factor), 0.5f));
+    }
+    if (lane == 0) out.factors[head][G] = (nothing ? 0.0f : __fdiv_rn(largest, 127.0f)) * scale;
+}
+
+template <u32 G>
+__device__ __forceinline__ void weights_of_task(const float* query, const Coder& coder, float scale, u32 task, LaneWeights& out) {
+    if (task / GROUP == G) {
+        const u32 head = task - G * GROUP;
+        weights_of_group<G>(query + head * HEAD_DIM, coder, scale, head, out);
+    }
+    if constexpr (G + 1 < N_GROUPS) weights_of_task<G + 1>(query, coder, scale, task, out);
+}
+
+// Computes the weights of `lane_index` of a batch slot, by all threads of the block, after `fetch_coder` and a barrier; ends with a barrier.
+__device__ __forceinline__ void make_weights(const StepJob& job, u32 slot, u32 lane_index, const Coder& coder, LaneWeights& out) {
     const float* query = reinterpret_cast<const float*>(job.query) + (u64)(slot * job.lanes + lane_index) * GROUP * HEAD_DIM;
-    for (u32 i = threadIdx.x; i < GROUP * HEAD_DIM; i += blockDim.x) sources.query[i] = query[i];
-    __syncthreads();
-    for (u32 head = threadIdx.x / 32; head < GROUP; head += blockDim.x / 32)
-        weights_of_group<0>(sources.query + head * HEAD_DIM, sources.channels, sources.steps, job.score_scale, head, out);
+    for (u32 task = threadIdx.x / 32; task < GROUP * N_GROUPS; task += blockDim.x / 32) weights_of_task<0>(query, coder, job.score_scale, task, out);
     __syncthreads();
 }
 
@@ -99,6 +108,8 @@ struct Fragments {
     u32 b[COLUMN_TILES][PRODUCTS][2];
     float factors[COLUMN_TILES][PLANES][2];
     float start[COLUMN_TILES][2];
+    // What moves a thread's codes to the top of their bytes, as a factor.
+    u32 shifts[N_GROUPS];
 };
 
 // Bits below the codes of a group within their bytes.
@@ -128,24 +139,33 @@ __device__ __forceinline__ void fragments_of_group(const LaneWeights& weights, F
             }
         }
     }
+    // Quads of a load begin at a multiple of four.
+    out.shifts[G] = GROUPS[G].bits < 8 ? 1u << raised(G) >> t % (8 / min(GROUPS[G].bits, 8u)) * GROUPS[G].bits : 1;
     if constexpr (G + 1 < N_GROUPS) fragments_of_group<G + 1>(weights, out);
 }
 
-// Sixteen label bytes, of a stage in shared memory or from where they are read once.
-template <bool STAGED>
-__device__ __forceinline__ uint4 label_16(const u8* from) {
-    if constexpr (STAGED) return *reinterpret_cast<const uint4*>(from);
-    return load_16_once(from);
+// Label bytes: at an address of shared memory, where they are staged, or from where they are read once. A stage is written again and again.
+__device__ __forceinline__ uint4 label_16(u32 from) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(from));
+    return x;
 }
+__device__ __forceinline__ uint4 label_16(const u8* from) { return load_16_once(from); }
+__device__ __forceinline__ uint2 label_8(u32 from) {
+    uint2 x;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(from));
+    return x;
+}
+__device__ __forceinline__ uint2 label_8(const u8* from) { return load_8_once(from); }
 
 // Codes of one product's A operand: quads 8 * PRODUCT + t and + 4 of 32 rows, which are two blocks of 16 rows of a label page: `block` is the
 // first for threads of g < 4 and the second for the others. Word w of a thread is token 4 * (g % 4) + w of its block. A thread whose quad does
 // not exist has those of another: its weights are zero.
-template <bool STAGED, u32 G, u32 PRODUCT, u32 PLANE>
-__device__ __forceinline__ void load_codes(const u8* block, u32 (&codes)[2][4]) {
+template <u32 G, u32 PRODUCT, u32 PLANE, typename Address>
+__device__ __forceinline__ void load_codes(Address block, u32 shift, u32 (&codes)[2][4]) {
     constexpr u32 bits = GROUPS[G].bits;
     const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const u8* group = block + bytes_before(G);
+    const Address group = block + bytes_before(G);
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
         const u32 quad = 8 * PRODUCT + 4 * half + t;
@@ -157,7 +177,7 @@ __device__ __forceinline__ void load_codes(const u8* block, u32 (&codes)[2][4]) 
             for (u32 w = 0; w < 4; w++) codes[half][w] = 0;
         } else if (bits == 2 && base >= whole) {
             // The last 8 channels of a 2-bit group: 16 bits a token, nibbles spread to bytes, then two bits a quad.
-            const uint2 words = *reinterpret_cast<const uint2*>(group + whole * 16 + (g % 4) * 8);
+            const uint2 words = label_8(group + whole * 16 + (g % 4) * 8);
             const u32 pairs[2] = {words.x, words.y};
 #pragma unroll
             for (u32 w = 0; w < 4; w++) {
@@ -170,11 +190,10 @@ __device__ __forceinline__ void load_codes(const u8* block, u32 (&codes)[2][4]) 
             constexpr u32 a_vector = bits == 16 ? 1 : 8 / bits;
             const u32 safe = quad < quads_of(G) ? quad : base;
             const u32 vector = bits == 16 ? 2 * safe + PLANE : safe / a_vector;
-            const uint4 words = label_16<STAGED>(group + vector * 64 + (g % 4) * 16);
+            const uint4 words = label_16(group + vector * 64 + (g % 4) * 16);
             codes[half][0] = words.x, codes[half][1] = words.y, codes[half][2] = words.z, codes[half][3] = words.w;
             if constexpr (bits < 8) {
                 constexpr u32 mask = bits == 2 ? 0xC0C0C0C0u : 0xF0F0F0F0u;
-                const u32 shift = 1u << raised(G) >> safe % a_vector * bits;
 #pragma unroll
                 for (u32 w = 0; w < 4; w++) codes[half][w] = codes[half][w] * shift & mask;
             }
@@ -227,10 +246,10 @@ __device__ __forceinline__ void set_scale(Fragments& weights, float by, const fl
     }
 }
 
-template <bool STAGED, u32 G, u32 PRODUCT, u32 PLANE>
-__device__ __forceinline__ void add_products(const u8* block, u32 load, const Fragments& weights, Sums& sums) {
+template <u32 G, u32 PRODUCT, u32 PLANE, typename Address>
+__device__ __forceinline__ void add_products(Address block, u32 load, const Fragments& weights, Sums& sums) {
     u32 codes[2][4];
-    load_codes<STAGED, G, PRODUCT, PLANE>(block, codes);
+    load_codes<G, PRODUCT, PLANE>(block, weights.shifts[G], codes);
     const u32 g = threadIdx.x % 32 / 4;
 #pragma unroll
     for (u32 m = 0; m < 2; m++) {
@@ -250,11 +269,11 @@ __device__ __forceinline__ void add_products(const u8* block, u32 load, const Fr
         }
     }
     if constexpr (PLANE + 1 < planes_of(G)) {
-        add_products<STAGED, G, PRODUCT, PLANE + 1>(block, load, weights, sums);
+        add_products<G, PRODUCT, PLANE + 1>(block, load, weights, sums);
     } else if constexpr (PRODUCT + 1 < products_of(G)) {
-        add_products<STAGED, G, PRODUCT + 1, 0>(block, load, weights, sums);
+        add_products<G, PRODUCT + 1, 0>(block, load, weights, sums);
     } else if constexpr (G + 1 < N_GROUPS) {
-        add_products<STAGED, G + 1, 0, 0>(block, load, weights, sums);
+        add_products<G + 1, 0, 0>(block, load, weights, sums);
     }
 }
 
@@ -276,12 +295,16 @@ __device__ __forceinline__ u32 row_of(u32 sum, u32 column) {
     return product / 2 * 32 + g / 4 * 16 + g % 4 * 4 + product % 2 * 2;
 }
 
-// `blocks` are the blocks of 16 rows that this thread loads from.
-template <bool STAGED>
-__device__ __forceinline__ Scores score_unit(const u8* const (&blocks)[LOADS], const Fragments& weights) {
+// Sums of products of a unit. `blocks` are the blocks of 16 rows that this thread loads from.
+template <typename Address>
+__device__ __forceinline__ Sums sums_of_unit(const Address (&blocks)[LOADS], const Fragments& weights) {
     Sums sums = no_sums();
 #pragma unroll
-    for (u32 load = 0; load < LOADS; load++) add_products<STAGED, 0, 0, 0>(blocks[load], load, weights, sums);
+    for (u32 load = 0; load < LOADS; load++) add_products<0, 0, 0>(blocks[load], load, weights, sums);
+    return sums;
+}
+
+__device__ __forceinline__ Scores scores_of(const Sums& sums, const Fragments& weights) {
     Scores scores;
 #pragma unroll
     for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
@@ -300,7 +323,6 @@ __device__ __forceinline__ Scores score_unit(const u8* const (&blocks)[LOADS], c
 }
 
 // Label page of a chunk's lane.
-__device__ __forceinline__ const u8* label_page(const StepJob& job, const SequenceState& sequence, const LayerPlace& place, u32 chunk, u32 lane) {
-    const u32 at = reinterpret_cast<const u32*>(sequence.label_slots)[chunk];
-    return reinterpret_cast<const u8*>(place.labels) + ((u64)at * job.lanes + lane) * (CHUNK_TOKENS * LABEL_BYTES);
+__device__ __forceinline__ const u8* label_page(const SequenceState& sequence, const LayerPlace& place, u32 chunk, u32 lane) {
+    return reinterpret_cast<const u8*>(reinterpret_cast<const u64*>(sequence.label_slots)[chunk] + place.labels) + lane * (CHUNK_TOKENS * LABEL_BYTES);
 }

@@ -11,8 +11,8 @@ constexpr u32 NOBODY = 0xFFFFFFFFu;
 // A histogram of keys counts their upper 11 bits; the lower 5 are refined.
 constexpr u32 BINS = 2048;
 constexpr u32 REFINED = 32;
-// Sums of sampled scores that a head has at most, each of so many units of rows.
-constexpr u32 SAMPLE_SUMS = 1024;
+// Sums of sampled scores that a head has at most, each of the warps of one block.
+constexpr u32 SAMPLE_SUMS = 64;
 // Blocks that share a lane while rows are selected: each takes a contiguous part of the rows.
 constexpr u32 PARTS = 32;
 // What a part of a lane's rows publishes before its blocks meet: words of a table, and 16-bit values in pairs. An odd number of words, so that
@@ -24,7 +24,7 @@ constexpr u32 POOL_BLOCK = 64;
 // What a step needs to know of the sequence in a batch slot. In device memory, changed between launches only.
 struct SequenceState {
     u64 slots;        // u32[chunk]: host place of a chunk's rows: segment << 16 | index
-    u64 label_slots;  // u32[chunk]: place of its labels
+    u64 label_slots;  // u64[chunk]: address of its labels in the first layer, [lane][256 x LABEL_BYTES]
     u32 length;       // end of the attended rows: the query's position + 1; 0: nobody is in this batch slot
     u32 chunks;       // chunks before the horizon
     u32 count;        // rows to select a lane; chunks * 256 for all of them
@@ -35,7 +35,7 @@ struct SequenceState {
 
 // Where one layer of the sequence in a batch slot lies on the device. In device memory.
 struct LayerPlace {
-    u64 labels;  // [label slot][lane][256 x LABEL_BYTES]
+    u64 labels;  // bytes from a chunk's labels in the first layer to those in this one
     u64 tail;    // [chunk % tail_chunks][lane][256][ROW_BYTES]: rows from the horizon on
     u64 hot;     // [stored row][ROW_BYTES]: hot rows of all layers; without a map [lane][max_rows][ROW_BYTES] of this one
     u64 map;     // u16[lane][max_rows]: hot place of a row, or COLD; or none
@@ -82,7 +82,7 @@ struct VictimCounts {
 
 // Blocks of a lane that came somewhere. Counts go on from launch to launch.
 struct Arrivals {
-    u32 score;   // to the barrier of score.cu, whose grid never changes
+    u32 score;   // in score.cu: 128 a launch, whatever its blocks
     u32 select;  // to the barrier of select.cu
     u32 attend;  // to the end of attention, modulo the lane's blocks
     u32 unused;
@@ -102,7 +102,7 @@ struct StepJob {
     u64 query;         // f32[slot][query head][HEAD_DIM]
     u64 output;        // f32[slot][query head][HEAD_DIM]
     u64 lse;           // f32[slot][query head], natural
-    u64 label_lse;     // f32[slot][query head][SAMPLE_SUMS][2]: maximum (log2) and sum of the sampled label scores
+    u64 label_lse;     // u64[slot][query head][SAMPLE_SUMS]: log-sum-exps (log2) of sampled label scores, and their launch
     u64 keys;          // u16[slot][lane][max_rows]
     u64 histogram;     // u32[slot][lane][BINS]: keys by their upper bits
     u64 above;         // u32[slot][lane][PARTS][ABOVE_WORDS]
