@@ -28,7 +28,7 @@ use crate::shared::SharedError;
 use crate::shared::board::{Board, BoardState};
 use crate::shared::open::{OpenLayout, OpenSlots, SlotRecord};
 use crate::shared::segment::{Access, LabelSegment, Segment};
-use crate::slot::{CHUNK_TOKENS, SlotClass};
+use crate::slot::{CHUNK_TOKENS, SlotClass, SlotId};
 
 use labels::OwnLabels;
 use path::Path;
@@ -139,7 +139,7 @@ pub struct Sequence {
     lanes: Option<Range<usize>>,
     /// By layer, scales of the own lanes; none where rows are not scaled.
     scales: Vec<LaneScales>,
-    board: Board,
+    board: Arc<Board>,
     open: Arc<OpenSlots>,
     path: Path,
     own_labels: OwnLabels,
@@ -173,7 +173,7 @@ impl Sequence {
     pub fn attach(files: SequenceFiles) -> Result<Self, SequenceError> {
         let SequenceFiles { shape, calibration, board, open, open_slots, writer, lanes, settings } = files;
         check_lanes(&shape, lanes.as_ref())?;
-        let board = Board::map(&board, Access::ReadOnly)?;
+        let board = Arc::new(Board::map(&board, Access::ReadOnly)?);
         let open = Arc::new(OpenSlots::map(&open, OpenLayout::new(&shape, open_slots)?, writer)?);
         let committed = open.committed() as usize;
         let own = |scales: &LaneScales| lanes.as_ref().map_or_else(|| scales.clone(), |lanes| scales.part(lanes.clone()));
@@ -585,6 +585,16 @@ impl Sequence {
         }
         let (segment, slot) = self.path.selected(chunk)?;
         Ok((HostFile::Sealed(Arc::clone(segment)), slot))
+    }
+
+    /// Where the rows of a chunk lie in full-attention layers, once it is sealed and taken up.
+    pub(crate) fn sealed_slot(&self, chunk: usize) -> Option<SlotId> {
+        if chunk < self.path.len() { self.path.selected_slot(chunk) } else { None }
+    }
+
+    /// The board, for those who ask it later.
+    pub(crate) fn shared_board(&self) -> &Arc<Board> {
+        &self.board
     }
 
     /// What the labels of a layer mean; `None` without a calibration.

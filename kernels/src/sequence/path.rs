@@ -135,6 +135,10 @@ impl Path {
         Ok((self.rows(slot.segment).ok_or(SequenceError::SegmentMissing { segment: slot.segment })?, slot.index))
     }
 
+    pub(super) fn selected_slot(&self, chunk: usize) -> Option<SlotId> {
+        self.places.get(chunk)?.selected
+    }
+
     /// What to say when a chunk has no label page here.
     pub(super) fn label_missing(&self, chunk: usize) -> SequenceError {
         let slot = self.places.get(chunk).and_then(|place| place.selected);

@@ -77,8 +77,10 @@ pub(crate) struct TestDaemon {
     pub(crate) calibration: Option<Arc<Calibration>>,
     pub(crate) board: Board,
     pub(crate) open: OpenFile,
-    sealed: usize,
-    segments: Vec<(Arc<Segment>, Option<Arc<LabelSegment>>)>,
+    pub(crate) sealed: usize,
+    pub(crate) segments: Vec<(Arc<Segment>, Option<Arc<LabelSegment>>)>,
+    /// First of the segments that this daemon seals to.
+    pub(crate) first_segment: u32,
 }
 
 impl TestDaemon {
@@ -91,7 +93,7 @@ impl TestDaemon {
         let layout = OpenLayout::new(&shape, open_slots).expect("layout");
         let file = create_allocated(&folder.path().join("open"), layout.file_bytes(), 2).expect("open file");
         let open = OpenFile::create(file, layout).expect("open slots");
-        Self { folder, shape, calibration, board, open, sealed: 0, segments: Vec::new() }
+        Self { folder, shape, calibration, board, open, sealed: 0, segments: Vec::new(), first_segment: 0 }
     }
 
     pub(crate) fn attach(&self, settings: Settings, lanes: Option<std::ops::Range<usize>>, writer: usize) -> Sequence {
@@ -115,7 +117,7 @@ impl TestDaemon {
 
     /// Segment of a class that holds chunk `chunk`: slots are handed out backwards, so that no test passes by slot order.
     fn slot(&mut self, class: SlotClass, chunk: usize) -> SlotId {
-        let segment = (chunk as u32 / SEGMENT_SLOTS) * 2 + u32::from(class == SlotClass::Window);
+        let segment = self.first_segment + (chunk as u32 / SEGMENT_SLOTS) * 2 + u32::from(class == SlotClass::Window);
         while self.segments.len() <= segment as usize {
             self.add_segment();
         }

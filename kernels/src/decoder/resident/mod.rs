@@ -14,7 +14,6 @@ mod look_ahead;
 mod state;
 mod step;
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
@@ -269,20 +268,20 @@ impl ResidentDecoder {
             resident.places.push((number << 16) as u32 | slot);
         }
         for part in &mut resident.parts {
-            self.hold_labels(part, first..resident.places.len())?;
+            self.hold_labels(part, sequence, first, &resident.places[first..])?;
             part.seat.set_host_places(&stream, first, &resident.places[first..])?;
         }
         resident.sealed = sealed;
         Ok(())
     }
 
-    /// Takes hold of the labels of chunks.
-    fn hold_labels(&mut self, part: &mut ResidentPart, chunks: Range<usize>) -> Result<(), CudaError> {
+    /// Takes hold of the labels of the chunks from `first` on, which lie at `places`.
+    fn hold_labels(&mut self, part: &mut ResidentPart, sequence: &Sequence, first: usize, places: &[u32]) -> Result<(), CudaError> {
         let (ledger, stream) = (self.ledger()?, self.stream()?);
         let room = LabelRoom { gpu: &self.gpu, ledger: &ledger, slab: part.seat.shape().label_slab(SLAB_CHUNKS) };
         let store = &mut self.labels[part.group];
-        let first = chunks.start;
-        let holds: Vec<LabelHold> = chunks.map(|chunk| store.hold(&room, part.labels.get(chunk))).collect::<Result<_, _>>()?;
+        let of_chunk = |(chunk, &place)| store.hold(&room, sequence, chunk, place, part.labels.get(chunk));
+        let holds: Vec<LabelHold> = (first..).zip(places).map(of_chunk).collect::<Result<_, _>>()?;
         let pages: Vec<Arc<LabelPage>> = holds.iter().map(|hold| Arc::clone(&hold.page)).collect();
         part.seat.set_label_pages(&stream, first, &pages)?;
         // Which of these pages have labels they say themselves.

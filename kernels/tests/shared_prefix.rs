@@ -1,0 +1,238 @@
+//! Sequences that have chunks in common: each is as it would be alone, and a device keeps what they share once.
+
+mod support;
+
+use std::sync::Arc;
+
+use sluice_kernels::budget::{Budget, Settings};
+use sluice_kernels::decoder::{Attend, Decoder, StepRequest};
+use sluice_kernels::device::{DeviceKind, open};
+use sluice_kernels::sequence::Sequence;
+use sluice_kernels::shape::ModelShape;
+use sluice_kernels::shared::board::BoardState;
+use sluice_kernels::slot::SlotClass;
+use support::{ROW_TYPES, TestDaemon, calibration, device_kinds, rows, shape, shape_of, value};
+
+const SPARSE: Settings =
+    Settings { budget: Budget::Ratio { numerator: 1, denominator: 16, floor_tokens: 48, cap_tokens: 0 }, exact_tokens: 64, sink_tokens: 4 };
+
+/// Far apart, so that no two sequences have a row in common that they did not inherit.
+const APART: usize = 100_000;
+
+/// A sequence with rows of its own from where it was forked.
+struct Member {
+    daemon: TestDaemon,
+    sequence: Sequence,
+    seed: usize,
+}
+
+impl Member {
+    fn new(seed: usize, tokens: usize, shape: &Arc<ModelShape>) -> Self {
+        let daemon = TestDaemon::new(Arc::clone(shape), Some(calibration(shape)), 12);
+        let sequence = daemon.attach(SPARSE, None, 0);
+        let mut member = Self { daemon, sequence, seed };
+        member.append(tokens);
+        member
+    }
+
+    /// A sequence whose first `chunks` chunks are this one's, and which seals to segments from `first_segment` on.
+    fn fork(&self, seed: usize, chunks: usize, first_segment: u32) -> Self {
+        let shape = self.sequence.shape();
+        let daemon = TestDaemon {
+            segments: self.daemon.segments.clone(),
+            sealed: chunks,
+            first_segment,
+            ..TestDaemon::new(shape.clone(), Some(calibration(shape)), 12)
+        };
+        for chunk in 0..chunks {
+            for class in [SlotClass::Selected, SlotClass::Window] {
+                daemon.board.set_slot(class, chunk, self.daemon.board.slot(class, chunk));
+            }
+        }
+        daemon.board.set_sealed_chunks(chunks);
+        daemon.open.set_committed(256 * chunks as u64).expect("committed");
+        let mut sequence = daemon.attach(SPARSE, None, 0);
+        daemon.refresh(&mut sequence);
+        Self { daemon, sequence, seed }
+    }
+
+    /// Appends rows of its own, and has whole chunks sealed.
+    fn append(&mut self, tokens: usize) {
+        let (first, shape) = (self.sequence.committed(), self.sequence.shape().clone());
+        for layer in 0..shape.layers.len() {
+            let lanes = self.sequence.part(layer).lanes;
+            let own = self.seed * APART + first..self.seed * APART + first + tokens;
+            self.sequence.append(layer, first, &rows(&shape, layer, lanes, own)).expect("append");
+        }
+        let ids: Vec<u32> = (first..first + tokens).map(|position| position as u32).collect();
+        self.sequence.write_tokens(first, &ids).expect("token ids");
+        self.sequence.commit();
+        self.daemon.seal();
+        self.daemon.refresh(&mut self.sequence);
+    }
+
+    fn truncate(&mut self, tokens: usize) {
+        self.sequence.begin_truncate(tokens).expect("begun");
+        self.daemon.sealed = tokens / 256;
+        self.daemon.board.set_sealed_chunks(tokens / 256);
+        self.sequence.truncated(tokens);
+        self.daemon.refresh(&mut self.sequence);
+    }
+}
+
+/// Answers of one layer, of members that step together.
+fn answers(decoder: &mut Decoder, layer: usize, members: &mut [&mut Member]) -> Vec<(Vec<f32>, Vec<f32>)> {
+    let heads = 4;
+    let mut asked: Vec<_> = members
+        .iter()
+        .map(|member| {
+            let position = member.sequence.committed() - 1;
+            let query: Vec<f32> = (0..heads * 64).map(|at| value(90 + layer, at / 64 + 40 * member.seed, position, at % 64)).collect();
+            (position, query, vec![-1.0; heads * 64], vec![-1.0; heads])
+        })
+        .collect();
+    let mut batch: Vec<StepRequest<'_>> = asked
+        .iter_mut()
+        .zip(members)
+        .map(|((position, queries, output, lse), member)| StepRequest {
+            sequence: &mut member.sequence,
+            first_position: *position,
+            queries,
+            attend: Attend::Sparse,
+            output,
+            lse,
+        })
+        .collect();
+    for report in decoder.step(layer, &mut batch) {
+        assert!(report.expect("a step").selected_rows > 0, "rows were selected");
+    }
+    drop(batch);
+    asked.into_iter().map(|(_, _, output, lse)| (output, lse)).collect()
+}
+
+/// Sequences that step together, and the same ones again that step alone, each in a decoder that knows nobody else.
+struct World {
+    kind: DeviceKind,
+    decoder: Decoder,
+    members: Vec<Member>,
+    twins: Vec<(Member, Decoder)>,
+}
+
+impl World {
+    fn new(kind: DeviceKind, make: impl Fn() -> Vec<Member>) -> Self {
+        let decoder = || Decoder::new(open(kind, 2).expect("device"));
+        let twins = make().into_iter().map(|member| (member, decoder())).collect();
+        Self { kind, decoder: decoder(), members: make(), twins }
+    }
+
+    fn change(&mut self, index: usize, change: impl Fn(&mut Member)) {
+        change(&mut self.members[index]);
+        change(&mut self.twins[index].0);
+    }
+
+    fn leave(&mut self, index: usize) {
+        self.members.remove(index);
+        self.twins.remove(index);
+        self.decoder.sweep();
+    }
+
+    fn assert_as_alone(&mut self, what: &str) {
+        for layer in [0, 2] {
+            let together = answers(&mut self.decoder, layer, &mut self.members.iter_mut().collect::<Vec<_>>());
+            for ((twin, alone), together) in self.twins.iter_mut().zip(together) {
+                let expected = answers(alone, layer, &mut [twin]).remove(0);
+                assert!(together == expected, "{}, {what}: sequence {} in layer {layer}", self.kind, twin.seed);
+            }
+        }
+    }
+
+    fn label_bytes(&self) -> u64 {
+        self.decoder.device_bytes().labels
+    }
+}
+
+/// Ten chunks of one, nine of them with two others that go on alone.
+fn family(shape: &Arc<ModelShape>) -> Vec<Member> {
+    let parent = Member::new(0, 2600, shape);
+    let mut children = [parent.fork(1, 9, 40), parent.fork(2, 9, 60)];
+    children[0].append(400);
+    children[1].append(700);
+    let [first, second] = children;
+    vec![parent, first, second]
+}
+
+#[test]
+fn members_of_a_family_are_as_they_are_alone_and_keep_common_labels_once() {
+    for (kind, row_type) in device_kinds().into_iter().flat_map(|kind| ROW_TYPES.map(|row_type| (kind, row_type))) {
+        let mut world = World::new(kind, || family(&shape_of(row_type)));
+        world.assert_as_alone("at first");
+        // 10 + 1 + 2 chunks of labels are a slab of 16; each its own would be 30 and two.
+        let alone = world.twins[0].1.device_bytes().labels;
+        assert_eq!(world.label_bytes(), alone, "{kind}: bytes of labels");
+        assert!(alone > 0 || !matches!(kind, DeviceKind::Cuda { .. }), "{kind}: there are labels on the device");
+        world.change(1, |member| member.append(300));
+        world.assert_as_alone("after one has grown");
+        assert_eq!(world.label_bytes(), alone, "{kind}: bytes of labels");
+    }
+}
+
+#[test]
+fn what_one_gives_up_the_others_keep() {
+    for kind in device_kinds() {
+        let mut world = World::new(kind, || family(&shape()));
+        world.assert_as_alone("at first");
+        world.change(1, |member| {
+            member.truncate(256 * 7 + 10);
+            member.seed = 7;
+            member.append(900);
+        });
+        world.assert_as_alone("after one has other rows from chunk 7 on");
+        world.leave(0);
+        world.assert_as_alone("after the first has gone");
+        world.change(1, |member| member.append(256));
+        world.assert_as_alone("after another has grown");
+        world.leave(1);
+        world.leave(0);
+        assert_eq!(world.label_bytes(), 0, "{kind}: labels of sequences that are gone");
+    }
+}
+
+#[test]
+fn a_slot_that_has_another_chunk_by_now_has_its_labels() {
+    for kind in device_kinds() {
+        let mut decoder = Decoder::new(open(kind, 2).expect("device"));
+        let mut first = Member::new(0, 2600, &shape());
+        answers(&mut decoder, 0, &mut [&mut first]);
+        // The lease is over, but its holder has not looked yet; the same slots are given to another sequence.
+        first.daemon.board.set_lease(1, 1, BoardState::Closed);
+        let second = || {
+            let mut second = first.fork(1, 0, 0);
+            second.append(2600);
+            second
+        };
+        let (mut second, mut twin) = (second(), second());
+        let together = answers(&mut decoder, 0, &mut [&mut second]);
+        let alone = answers(&mut Decoder::new(open(kind, 2).expect("device")), 0, &mut [&mut twin]);
+        assert!(together == alone, "{kind}");
+    }
+}
+
+#[test]
+fn a_slot_of_a_chunk_that_was_truncated_has_the_labels_of_the_next() {
+    for kind in device_kinds() {
+        let mut decoder = Decoder::new(open(kind, 2).expect("device"));
+        let mut first = Member::new(0, 2600, &shape());
+        answers(&mut decoder, 0, &mut [&mut first]);
+        // The daemon has truncated; the holder does not know yet.
+        first.daemon.board.set_sealed_chunks(3);
+        let second = || {
+            let mut second = first.fork(1, 3, 0);
+            second.append(2000);
+            second
+        };
+        let (mut second, mut twin) = (second(), second());
+        let together = answers(&mut decoder, 0, &mut [&mut second]);
+        let alone = answers(&mut Decoder::new(open(kind, 2).expect("device")), 0, &mut [&mut twin]);
+        assert!(together == alone, "{kind}");
+    }
+}
