@@ -158,6 +158,7 @@ fn counts(counters: &Counters) -> Vec<Family> {
         one("sluice_deduplicated_chunks_total", "Sealed chunks that an equal one replaced.", &counters.deduplicated_chunks),
         one("sluice_shed_chunks_total", "Chunks shed from the cache to make room.", &counters.shed_chunks),
         one("sluice_quarantined_chunks_total", "Chunks whose checksum did not match.", &counters.quarantined_chunks),
+        one("sluice_warmed_rows_total", "Rows made hot between a prompt and its first step.", &counters.warmed_rows),
         one("sluice_refused_chunks_total", "Chunks refused at seal: rows not finite, or changed after commit.", &counters.refused_chunks),
         one("sluice_dead_leases_total", "Leases that ended because their process died.", &counters.leases_dead),
         one("sluice_selected_rows_total", "Rows selected by the daemon's own decoder.", &counters.selected_rows),

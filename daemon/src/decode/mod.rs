@@ -4,7 +4,7 @@ mod error;
 mod host;
 mod work;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -159,6 +159,7 @@ pub fn start(engine: EngineHandle) -> Result<DecodeHandle, EngineError> {
         decoder: Decoder::new(device).with_limits(DeviceLimits { device_bytes: config.device_bytes, hot_rows: 0 }),
         hosts: Hosts::new(engine.clone()),
         touched: HashMap::new(),
+        cold: BTreeSet::new(),
         message_bytes_max: config.message_bytes_max,
         engine,
     };
@@ -189,15 +190,18 @@ struct DecodeThread {
     hosts: Hosts,
     /// When the engine was last told that a lease is used.
     touched: HashMap<LeaseKey, Instant>,
+    /// Layers that a prompt has grown and no step has selected from since: warmed up while nothing else is to be done.
+    cold: BTreeSet<(LeaseKey, usize)>,
 }
 
 impl DecodeThread {
     fn run(&mut self, work: &Receiver<Work>) {
         let mut next_sweep = Instant::now() + SWEEP;
         loop {
-            match work.recv_timeout(next_sweep.saturating_duration_since(Instant::now())) {
+            let wait = if self.cold.is_empty() { next_sweep.saturating_duration_since(Instant::now()) } else { Duration::ZERO };
+            match work.recv_timeout(wait) {
                 Ok(work) => self.perform(work),
-                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Timeout) => self.warm_up(),
                 Err(RecvTimeoutError::Disconnected) => return,
             }
             if next_sweep <= Instant::now() {
@@ -256,6 +260,10 @@ impl DecodeThread {
         let mut attended = work::attend(&mut self.decoder, layer, &mut attending).into_iter();
         let finish = |(step, stored): (&StepWork, Result<(Sequence, Stored), DecodeError>)| {
             let (mut sequence, _) = stored?;
+            match step.answer {
+                Answer::Dense | Answer::Nothing => self.cold.insert((step.lease, step.layer)),
+                Answer::Sparse | Answer::Rows => self.cold.remove(&(step.lease, step.layer)),
+            };
             // Committed after the step, which has marked how the rows came to be: the engine may seal from here on.
             let committed = sequence.commit() as u64;
             self.hosts.put(step.lease, sequence);
@@ -267,6 +275,25 @@ impl DecodeThread {
             Ok(done)
         };
         steps.iter().zip(stored).map(finish).collect()
+    }
+
+    /// Warms up a piece of one layer.
+    fn warm_up(&mut self) {
+        let Some((lease, layer)) = self.cold.pop_first() else { return };
+        if self.hosts.hosted(lease).is_none() {
+            return;
+        }
+        let warmed = self.hosts.sequence(lease).and_then(|sequence| Ok(self.decoder.warm_up(layer, sequence)?));
+        match warmed {
+            Ok(warmed) => {
+                self.engine.counters().warmed_rows.add(warmed.fetched_rows);
+                if !warmed.is_done {
+                    self.cold.insert((lease, layer));
+                }
+            }
+            // The step that comes says it to whoever asks.
+            Err(error) => tracing::debug!(sequence = lease.sequence, layer, %error, "not warmed up"),
+        }
     }
 
     /// Takes a step's sequence and stores the new rows.

@@ -30,7 +30,7 @@ pub enum Peer {
 }
 
 /// Proof that the caller holds a sequence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LeaseKey {
     /// Sequence.
     pub sequence: u64,

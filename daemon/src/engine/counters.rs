@@ -192,6 +192,8 @@ pub struct Counters {
     pub hot_hits: Count,
     /// Of these, fetched.
     pub hot_misses: Count,
+    /// Rows fetched between a prompt and its first step.
+    pub warmed_rows: Count,
     /// Bytes of rows that the daemon's own decoder read.
     pub row_bytes_read: Count,
     /// Bytes of labels that the daemon's own decoder read.

@@ -130,18 +130,24 @@ async fn append(client: &mut Client, lease: LeaseRef, tokens: &[u32]) {
 
 /// The same query again at the last position, in both layers.
 async fn decode(client: &mut Client, lease: LeaseRef, tokens: usize) {
-    let queries: Vec<u8> = (0..QUERY_HEADS * HEAD_DIM).flat_map(|place| ((place % 7) as f32 - 3.0).to_le_bytes()).collect();
+    ask(client, lease, tokens - 1..tokens, Answer::Output).await;
+}
+
+/// The same query at every position, in both layers.
+async fn ask(client: &mut Client, lease: LeaseRef, positions: std::ops::Range<usize>, answer: Answer) {
+    let values = positions.len() * QUERY_HEADS * HEAD_DIM;
+    let queries: Vec<u8> = (0..values).flat_map(|place| ((place % (QUERY_HEADS * HEAD_DIM) % 7) as f32 - 3.0).to_le_bytes()).collect();
     let step = SequenceStep {
         lease: Some(lease),
-        first_position: tokens as u64 - 1,
-        query_count: 1,
+        first_position: positions.start as u64,
+        query_count: positions.len() as u32,
         queries: queries.into(),
         ..SequenceStep::default()
     };
     let request = |layer: usize| DecodeRequest {
         request_id: layer as u64,
         layer: layer as u32,
-        answer: Answer::Output.into(),
+        answer: answer.into(),
         steps: vec![step.clone()],
         report: false,
     };
@@ -262,6 +268,23 @@ async fn step_metrics_follow_the_decoder() {
     reaches(&daemon, "sluice_hot_rows_total{result=\"miss\"}", selected).await;
     exceeds(&daemon, "sluice_read_bytes_total{kind=\"rows\"}", rows).await;
     exceeds(&daemon, "sluice_read_bytes_total{kind=\"labels\"}", labels).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_queries_of_a_prompt_make_rows_hot_before_the_first_step() {
+    let place = Place::new();
+    let (daemon, mut client, model) = start(&place).await;
+    let tokens: Vec<u32> = (0..1100).collect();
+    let lease = open(&mut client, model, &tokens).await;
+    append(&mut client, lease, &tokens).await;
+    reaches(&daemon, "sluice_warmed_rows_total", 0.0).await;
+    ask(&mut client, lease, 1080..1100, Answer::OutputDense).await;
+    // The queries are alike, so what the first of them selects is all there is to fetch.
+    let selected = (69 * LANES * LAYERS) as f64;
+    reaches(&daemon, "sluice_warmed_rows_total", selected).await;
+    decode(&mut client, lease, tokens.len()).await;
+    reaches(&daemon, "sluice_hot_rows_total{result=\"hit\"}", selected).await;
+    reaches(&daemon, "sluice_hot_rows_total{result=\"miss\"}", 0.0).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

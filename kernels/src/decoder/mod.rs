@@ -6,6 +6,7 @@
 mod fidelity;
 mod look_ahead;
 mod resident;
+mod warm_up;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -26,6 +27,7 @@ pub use fidelity::fidelity_digest;
 pub use look_ahead::LookAhead;
 use resident::ResidentDecoder;
 pub use resident::{DeviceLimits, Resident, balance};
+pub use warm_up::WarmUp;
 
 /// How a step attends full-attention layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -271,7 +273,13 @@ impl Decoder {
     fn exact_part(&mut self, layer: usize, request: &mut StepRequest<'_>, part: &LayerPart) -> Result<StepReport, StepError> {
         match part.kind {
             LaneKind::Window { tokens } => self.exact(layer, request, part, Some(tokens as usize)),
-            LaneKind::Selected if !goes_one_by_one(request, part) => self.exact(layer, request, part, None),
+            LaneKind::Selected if !goes_one_by_one(request, part) => {
+                if request.sequence.is_calibrated() {
+                    let unit = part.geometry.heads.query_heads() * part.geometry.head_dim;
+                    request.sequence.note_queries(layer, request.first_position, request.queries, unit);
+                }
+                self.exact(layer, request, part, None)
+            }
             LaneKind::Selected => Ok(StepReport::default()),
         }
     }

@@ -5,6 +5,7 @@
 
 mod labels;
 mod path;
+mod recent;
 
 use std::fs::File;
 use std::ops::Range;
@@ -32,6 +33,8 @@ use crate::slot::{CHUNK_TOKENS, SlotClass, SlotId};
 
 use labels::OwnLabels;
 use path::Path;
+pub(crate) use recent::LayerQueries;
+use recent::RecentQueries;
 
 /// A call that the sequence refuses; nothing has changed.
 #[derive(Debug, Error)]
@@ -152,6 +155,8 @@ pub struct Sequence {
     hot_rows_wanted: usize,
     /// What a device keeps of this sequence between steps.
     resident: Option<Box<Resident>>,
+    /// Of the prompt's last piece.
+    recent: RecentQueries,
 }
 
 /// The part of a layer's lanes that a holder works on, and its geometry.
@@ -188,6 +193,7 @@ impl Sequence {
             hot: Vec::new(),
             hot_rows_wanted: 0,
             resident: None,
+            recent: RecentQueries::default(),
             shape,
             settings,
             lanes,
@@ -453,6 +459,16 @@ impl Sequence {
         self.resident.as_ref().map_or(Vec::new(), |resident| resident.hot_places())
     }
 
+    /// Keeps the last queries of a piece of a prompt.
+    pub(crate) fn note_queries(&mut self, layer: usize, first_position: usize, queries: &[f32], unit: usize) {
+        self.recent.note(layer, first_position, queries, unit);
+    }
+
+    /// The queries that were kept of a layer, once.
+    pub(crate) fn take_queries(&mut self, layer: usize) -> Option<LayerQueries> {
+        self.recent.take(layer)
+    }
+
     pub(crate) fn take_resident(&mut self) -> Option<Box<Resident>> {
         self.resident.take()
     }
@@ -486,6 +502,7 @@ impl Sequence {
         self.open.set_committed(position as u64);
         self.path.clear();
         self.own_labels.forget_all();
+        self.recent.forget();
         for pool in self.hot.iter_mut().flatten() {
             pool.truncate(position);
         }

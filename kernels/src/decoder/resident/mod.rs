@@ -11,6 +11,7 @@ mod labels;
 mod layer;
 mod limits;
 mod look_ahead;
+mod restore;
 mod state;
 mod step;
 
