@@ -216,6 +216,23 @@ impl DirectWay {
         Ok(lanes.collect())
     }
 
+    /// Rows that are hot now and were not.
+    pub(crate) fn warm_up(&mut self, core: &Core) -> Result<u64, ClientError> {
+        self.sync(core)?;
+        let mut fetched = 0;
+        for layer in 0..core.model.shape.layers.len() {
+            loop {
+                // Steps of other sessions may come in between.
+                let warmed = self.decoder.lock().warm_up(layer, &mut self.sequence)?;
+                fetched += warmed.fetched_rows;
+                if warmed.is_done {
+                    break;
+                }
+            }
+        }
+        Ok(fetched)
+    }
+
     pub(crate) fn begin_truncate(&mut self, position: usize) -> Result<(), ClientError> {
         Ok(self.sequence.begin_truncate(position)?)
     }

@@ -314,6 +314,20 @@ impl Session {
         }
     }
 
+    /// Makes rows hot that the last queries of the prompt select, before the first sparse step asks for them; answers how many were fetched.
+    /// Worth a call where a prompt's dense steps are over and the worker has something else to do. In Stream the daemon does so by itself
+    /// while nothing waits, and this does nothing.
+    ///
+    /// # Errors
+    /// Rows that cannot be reached, or memory that the device does not have; a step that follows works or says so itself.
+    pub fn warm_up(&mut self) -> Result<u64, ClientError> {
+        self.finish_truncation()?;
+        match &mut self.way {
+            Way::Stream(_) => Ok(0),
+            Way::Direct(way) => way.warm_up(&self.core),
+        }
+    }
+
     /// Appends all tokens after [`Session::length`], in every layer, in runs of bounded size. `fill` writes the rows wanted, all lanes:
     /// `[lane][position][row bytes]`.
     ///

@@ -5,14 +5,17 @@ mod support;
 use std::time::Duration;
 
 use rustix::process::Signal;
-use sluice_client::{Attach, AttendMode, Client, OnlineCalibration, OpenOptions, Session, Step, StepOut};
+use sluice_client::{Attach, AttendMode, Client, OnlineCalibration, OpenOptions, Session, Step, StepOut, StepReport};
 use sluice_kernels::budget::{Budget, Settings};
+use sluice_kernels::device::DeviceKind;
 use sluice_kernels::label::LabelPlan;
 use sluice_kernels::shape::{LaneKind, ModelShape, RowType};
 use support::daemon::{Daemon, DaemonOptions};
 use support::oracle::{assert_close, dense};
 use support::rows::{path_hashes, query_of, rows_of, token_ids};
-use support::{ask, bits, decode, direct, fill, hybrid_shape, options, plain_shape, register, sparse_settings, tolerance, verify_rows};
+use support::{
+    ask, bits, decode, device, direct, fill, hybrid_shape, options, plain_shape, register, sparse_settings, tolerance, verify_rows,
+};
 
 /// Opens with online calibration and fills the prompt by dense steps, which the calibration sees.
 fn calibrated(client: &sluice_client::Client, model: &sluice_client::Model, attach: Attach, ids: &[u32]) -> Session {
@@ -121,5 +124,41 @@ fn agrees_with_the_oracle(client: &Client, shape: &ModelShape) {
         session.close().expect("close");
     }
     made.wait_sealed(512, Duration::from_secs(10)).expect("sealed");
+    made.close().expect("close");
+}
+
+#[test]
+fn a_warm_session_finds_the_rows_of_its_first_step() {
+    let daemon = Daemon::start(DaemonOptions::default());
+    let client = daemon.client();
+    let model = register(&client, "warm", &plain_shape(RowType::F16));
+    let ids = token_ids(5, 1400);
+    let made = calibrated(&client, &model, Attach::Stream, &ids);
+    let mut session = client.open(&model, &ids, &OpenOptions { hot_rows: 300, ..options(direct(), sparse_settings()) }).expect("open");
+    fill(&mut session, &ids);
+    let step = |session: &mut Session, layer: usize, positions: std::ops::Range<usize>, attend: AttendMode| {
+        let layer_shape = session.shape().layers[layer];
+        let queries: Vec<f32> = positions.clone().flat_map(|position| query_of(position, layer, &layer_shape)).collect();
+        let mut output = vec![0.0; queries.len()];
+        let mut log_sum_exp = vec![0.0; positions.len() * usize::from(layer_shape.query_heads)];
+        let mut report = StepReport::default();
+        let step = Step { layer, first_position: positions.start, queries: &queries, rows: None, attend };
+        let out = StepOut { output: &mut output, log_sum_exp: &mut log_sum_exp, report: Some(&mut report) };
+        session.step(&step, out).expect("step");
+        report
+    };
+    for layer in 0..2 {
+        step(&mut session, layer, 1380..1400, AttendMode::Dense);
+    }
+    assert!(session.warm_up().expect("warm") > 0, "rows are fetched");
+    for layer in 0..2 {
+        let report = step(&mut session, layer, 1399..1400, AttendMode::Sparse);
+        assert!(report.selected_rows > 0 && report.hot_rows == report.selected_rows, "{report:?}");
+        // A GPU does not tell the parts of a step apart.
+        let is_fused = device() != DeviceKind::Cpu;
+        assert!((report.fused_ns > 0) == is_fused && (report.score_ns > 0) != is_fused, "{report:?}");
+    }
+    assert_eq!(session.warm_up().expect("nothing to do"), 0);
+    session.close().expect("close");
     made.close().expect("close");
 }

@@ -3,6 +3,8 @@
 #[path = "sequence/look_ahead.rs"]
 mod look_ahead;
 mod support;
+#[path = "sequence/warm_up.rs"]
+mod warm_up;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
