@@ -412,6 +412,8 @@ __device__ __forceinline__ void set_shares(const float* partials, u32 blocks, Me
         }
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+        // Everybody has read what is written now.
+        __syncwarp();
         if (thread == 0) {
             const float keep = exp2_fast(before - largest);
             room.keep[head] = keep, room.largest[head] = largest, room.sum[head] = room.sum[head] * keep + sum;
