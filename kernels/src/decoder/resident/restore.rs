@@ -23,7 +23,7 @@ impl ResidentDecoder {
         let page_bytes = item.part.geometry.heads.lanes() * CHUNK_TOKENS * of_part.seat.shape().plan.label_bytes();
         let to = chunks.min(progress.labelled + (PIECE_BYTES / page_bytes).max(1));
         let mut state = LayerState { layer, own_layer, sequence: item.sequence, seat: &of_part.seat, progress };
-        state.take_up_labels(&self.groups[of_part.group], &resident.places[..to], &resident.files)?;
+        state.take_up_labels(&self.groups[of_part.group], &of_part.labels, &resident.places[..to], &resident.files)?;
         let is_done = of_part.layers[own_layer].labelled >= chunks;
         item.sequence.put_resident(resident);
         Ok(is_done)
