@@ -44,8 +44,10 @@ impl Local {
         Self { limits, ..Self::default() }
     }
 
-    /// The decoder of a device with so many threads, opened at its first use.
+    /// The decoder of a device with so many threads, opened at its first use. A GPU has one whatever the threads: a file can be registered
+    /// with it once.
     pub(crate) fn decoder(&self, kind: DeviceKind, threads: usize) -> Result<SharedDecoder, ClientError> {
+        let threads = if matches!(kind, DeviceKind::Cuda { .. }) { 1 } else { threads };
         let mut decoders = self.decoders.lock();
         if let Some(decoder) = decoders.get(&(kind, threads)) {
             return Ok(Arc::clone(decoder));

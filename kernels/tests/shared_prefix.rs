@@ -110,24 +110,32 @@ fn answers(decoder: &mut Decoder, layer: usize, members: &mut [&mut Member]) -> 
     asked.into_iter().map(|(_, _, output, lse)| (output, lse)).collect()
 }
 
-/// Sequences that step together, and the same ones again that step alone, each in a decoder that knows nobody else.
+/// Lets go of everything that a decoder holds of members, so that the next to step shares with nobody, and others may register their files.
+fn forget(decoder: &mut Decoder, members: &mut [&mut Member]) {
+    members.iter_mut().for_each(|member| member.sequence.forget_device_state());
+    decoder.sweep();
+}
+
+/// Sequences that step together, and the same ones again that step alone, with nobody else on the device.
 struct World {
     kind: DeviceKind,
     decoder: Decoder,
     members: Vec<Member>,
-    twins: Vec<(Member, Decoder)>,
+    alone: Decoder,
+    twins: Vec<Member>,
+    /// Bytes of labels of the first twin, alone.
+    bytes_alone: u64,
 }
 
 impl World {
     fn new(kind: DeviceKind, make: impl Fn() -> Vec<Member>) -> Self {
         let decoder = || Decoder::new(open(kind, 2).expect("device"));
-        let twins = make().into_iter().map(|member| (member, decoder())).collect();
-        Self { kind, decoder: decoder(), members: make(), twins }
+        Self { kind, decoder: decoder(), members: make(), alone: decoder(), twins: make(), bytes_alone: 0 }
     }
 
     fn change(&mut self, index: usize, change: impl Fn(&mut Member)) {
         change(&mut self.members[index]);
-        change(&mut self.twins[index].0);
+        change(&mut self.twins[index]);
     }
 
     fn leave(&mut self, index: usize) {
@@ -139,9 +147,13 @@ impl World {
     fn assert_as_alone(&mut self, what: &str) {
         for layer in [0, 2] {
             let together = answers(&mut self.decoder, layer, &mut self.members.iter_mut().collect::<Vec<_>>());
-            for ((twin, alone), together) in self.twins.iter_mut().zip(together) {
-                let expected = answers(alone, layer, &mut [twin]).remove(0);
+            for (index, (twin, together)) in self.twins.iter_mut().zip(together).enumerate() {
+                let expected = answers(&mut self.alone, layer, &mut [twin]).remove(0);
                 assert!(together == expected, "{}, {what}: sequence {} in layer {layer}", self.kind, twin.seed);
+                if index == 0 {
+                    self.bytes_alone = self.alone.device_bytes().labels;
+                }
+                forget(&mut self.alone, &mut [twin]);
             }
         }
     }
@@ -167,7 +179,7 @@ fn members_of_a_family_are_as_they_are_alone_and_keep_common_labels_once() {
         let mut world = World::new(kind, || family(&shape_of(row_type)));
         world.assert_as_alone("at first");
         // 10 + 1 + 2 chunks of labels are a slab of 16; each its own would be 30 and two.
-        let alone = world.twins[0].1.device_bytes().labels;
+        let alone = world.bytes_alone;
         assert_eq!(world.label_bytes(), alone, "{kind}: bytes of labels");
         assert!(alone > 0 || !matches!(kind, DeviceKind::Cuda { .. }), "{kind}: there are labels on the device");
         world.change(1, |member| member.append(300));
@@ -212,6 +224,7 @@ fn a_slot_that_has_another_chunk_by_now_has_its_labels() {
         };
         let (mut second, mut twin) = (second(), second());
         let together = answers(&mut decoder, 0, &mut [&mut second]);
+        forget(&mut decoder, &mut [&mut first, &mut second]);
         let alone = answers(&mut Decoder::new(open(kind, 2).expect("device")), 0, &mut [&mut twin]);
         assert!(together == alone, "{kind}");
     }
@@ -232,6 +245,7 @@ fn a_slot_of_a_chunk_that_was_truncated_has_the_labels_of_the_next() {
         };
         let (mut second, mut twin) = (second(), second());
         let together = answers(&mut decoder, 0, &mut [&mut second]);
+        forget(&mut decoder, &mut [&mut first, &mut second]);
         let alone = answers(&mut Decoder::new(open(kind, 2).expect("device")), 0, &mut [&mut twin]);
         assert!(together == alone, "{kind}");
     }
