@@ -17,6 +17,18 @@ fn prompt(decoder: &mut Decoder, sequence: &mut Sequence, layer: usize, position
     decoder.step_one(layer, &mut request).expect("a dense step");
 }
 
+/// Rows fetched until the layer is warm.
+fn warm_up(decoder: &mut Decoder, sequence: &mut Sequence, layer: usize) -> u64 {
+    let mut fetched = 0;
+    loop {
+        let warmed = decoder.warm_up(layer, sequence).expect("everything is there");
+        fetched += warmed.fetched_rows;
+        if warmed.is_done {
+            return fetched;
+        }
+    }
+}
+
 #[test]
 fn the_first_step_finds_what_the_last_queries_selected() {
     for (kind, row_type) in everything() {
@@ -32,13 +44,7 @@ fn the_first_step_finds_what_the_last_queries_selected() {
             let (mut fetched, mut results) = (0, Vec::new());
             for layer in 0..3 {
                 prompt(&mut decoder, &mut sequence, layer, 2590..2600);
-                while is_warmed {
-                    let warmed = decoder.warm_up(layer, &mut sequence).expect("everything is there");
-                    fetched += warmed.fetched_rows;
-                    if warmed.is_done {
-                        break;
-                    }
-                }
+                fetched += if is_warmed { warm_up(&mut decoder, &mut sequence, layer) } else { 0 };
                 // Queries 2596 to 2599 were kept; 2595 was not.
                 for position in [2596, 2599, 2595] {
                     let (output, report) = stepped(&mut decoder, &mut sequence, layer, position, Attend::Sparse);
