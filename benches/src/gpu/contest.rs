@@ -29,6 +29,8 @@ const READ_BYTES: usize = 4 << 30;
 const WEIGHT_BYTES: usize = 16_000_000_000;
 /// Steps before those that are timed.
 const WARM_UP: usize = 3;
+/// Passes over all layers that parts are timed in.
+const PART_ROUNDS: usize = 5;
 /// Steps of a trace before those that are timed, and those that are timed at least.
 const TRACE_WARM_UP: usize = 32;
 const TRACE_ROUNDS: usize = 48;
@@ -196,11 +198,8 @@ impl<'a> Contest<'a> {
     fn parts(&mut self) -> Result<()> {
         for denominator in [16, 64, 256] {
             let mut batch = self.scene.sparse(&self.sparse(denominator, 1.0, self.small()))?;
-            for cold in [true, false] {
-                if cold {
-                    batch.forget_hot_rows(0)?;
-                }
-                self.time_parts(&batch, &format!("n/{denominator} {}", if cold { "cold" } else { "hot" }))?;
+            for is_cold in [true, false] {
+                self.time_parts(&mut batch, &format!("n/{denominator} {}", if is_cold { "cold" } else { "hot" }), is_cold)?;
             }
             self.time_parts_in_graphs(&batch, &format!("n/{denominator} hot, in a graph"), PARTS.len())?;
             drop(batch);
@@ -211,21 +210,27 @@ impl<'a> Contest<'a> {
         Ok(())
     }
 
-    fn time_parts(&mut self, batch: &Batch, name: &str) -> Result<()> {
+    fn time_parts(&mut self, batch: &mut Batch, name: &str, is_cold: bool) -> Result<()> {
         let mut timer = Timer::new(batch.stream());
         let layers = batch.layers();
-        timer.mark()?;
-        for layer in 0..layers {
-            for part in 0..PARTS.len() {
-                batch.enqueue_part(layer, part)?;
-                timer.mark()?;
+        let mut times = Vec::new();
+        for _ in 0..PART_ROUNDS {
+            if is_cold {
+                batch.forget_hot_rows(0)?;
             }
+            timer.mark()?;
+            for layer in 0..layers {
+                for part in 0..PARTS.len() {
+                    batch.enqueue_part(layer, part)?;
+                    timer.mark()?;
+                }
+            }
+            // The first layer pays for what is not warm yet.
+            times.extend(timer.take()?.into_iter().skip(PARTS.len()));
         }
-        let times = timer.take()?;
         let geometry = batch.shape().geometry.clone();
         for (part, part_name) in PARTS.into_iter().enumerate() {
-            // The first layer pays for what is not warm yet.
-            let of_part: Vec<f64> = times.iter().skip(PARTS.len()).skip(part).step_by(PARTS.len()).copied().collect();
+            let of_part: Vec<f64> = times.iter().skip(part).step_by(PARTS.len()).copied().collect();
             let layer_ms = median(&of_part).unwrap_or(0.0);
             let lanes = geometry.heads.lanes();
             let bytes = match part_name {

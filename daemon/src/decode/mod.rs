@@ -302,7 +302,12 @@ impl DecodeThread {
             self.touched.insert(step.lease, Instant::now());
             self.engine.touch(step.lease);
         }
+        let is_new = self.hosts.hosted(step.lease).is_none();
         let sequence = self.hosts.sequence(step.lease)?;
+        if is_new {
+            // What was stored before, a resumed sequence or a known prefix, comes to the device while the client works on other layers.
+            self.cold.extend((0..sequence.shape().layers.len()).map(|layer| (step.lease, layer)));
+        }
         // The engine has one shape for each model.
         if !Arc::ptr_eq(batch.get_or_insert_with(|| Arc::clone(sequence.shape())), sequence.shape()) {
             let bound = "sequences of one model";
