@@ -135,6 +135,25 @@ fn a_sequence_has_the_same_bits_alone_and_in_any_batch() {
 }
 
 #[test]
+fn each_of_several_queries_is_what_it_is_alone() {
+    for kind in device_kinds() {
+        let mut decoder = Decoder::new(open(kind, 2).expect("device"));
+        let mut member = Member::new(3, 1500, &shape());
+        let mut together = Asked::new(&member, 0, 4, Attend::Sparse);
+        together.queries.iter_mut().enumerate().for_each(|(index, value)| *value += (index / 256) as f32 * 0.5);
+        decoder.step_one(0, &mut together.request(&mut member.sequence)).expect("a step");
+        for index in 0..4 {
+            let mut alone = Asked::new(&member, 0, 1, Attend::Sparse);
+            alone.first_position = together.first_position + index;
+            alone.queries.copy_from_slice(&together.queries[index * 256..(index + 1) * 256]);
+            decoder.step_one(0, &mut alone.request(&mut member.sequence)).expect("a step");
+            assert!(alone.output == together.output[index * 256..(index + 1) * 256], "{kind}: output of query {index}");
+            assert!(alone.lse == together.lse[index * 4..(index + 1) * 4], "{kind}: log-sum-exps of query {index}");
+        }
+    }
+}
+
+#[test]
 fn hot_rows_of_a_batch_are_each_sequences_own() {
     for kind in device_kinds() {
         let mut decoder = Decoder::new(open(kind, 2).expect("device"));
