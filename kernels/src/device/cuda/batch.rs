@@ -13,9 +13,7 @@ use super::buffer::{DeviceBuffer, PinnedBuffer};
 use super::compile::Compiler;
 use super::error::{CudaError, Doing};
 use super::host::{HostPage, HostPart, HostRows, HostSegment};
-use super::jobs::{
-    ABOVE_WORDS, Arrivals, BINS, LayerPlace, Miss, NOBODY, PARTS, PartCounts, SAMPLE_SUMS, SequenceState, StepJob, Victim, VictimCounts,
-};
+use super::jobs::{ABOVE_WORDS, BINS, LayerPlace, NOBODY, PARTS, SAMPLE_SUMS, SequenceState, StepJob};
 use super::label::Labeller;
 use super::module::Specialisation;
 use super::open::Gpu;
@@ -23,6 +21,7 @@ use super::pipeline::{Pipeline, StepBlocks};
 use super::seat::{DeviceBytes, Seat, bound};
 use super::step::{MAX_LANES, StepKernels};
 use super::store::{BlockMove, PoolMove};
+use super::workspace::Workspace;
 use crate::budget::Settings;
 use crate::device::LayerGeometry;
 use crate::label::{LabelCoder, LabelPlan};
@@ -81,23 +80,6 @@ struct Layer {
     host: HostPart,
 }
 
-/// Working room that layers share, `[slot]` first.
-struct Workspace {
-    label_lse: DeviceBuffer<f32>,
-    keys: DeviceBuffer<u16>,
-    histogram: DeviceBuffer<u32>,
-    above: DeviceBuffer<u32>,
-    positions: DeviceBuffer<u32>,
-    hot_places: DeviceBuffer<u32>,
-    misses: DeviceBuffer<Miss>,
-    part_counts: DeviceBuffer<PartCounts>,
-    victim_bins: DeviceBuffer<u32>,
-    victims: DeviceBuffer<Victim>,
-    victim_counts: DeviceBuffer<VictimCounts>,
-    partials: DeviceBuffer<f32>,
-    arrivals: DeviceBuffer<Arrivals>,
-}
-
 /// Seats and the step over them.
 pub struct Batch {
     shape: BatchShape,
@@ -134,17 +116,17 @@ impl BatchShape {
         (entries * lanes).div_ceil(WAVE_BLOCKS).next_multiple_of(64).max(64)
     }
 
-    fn lanes(&self) -> usize {
+    pub(super) fn lanes(&self) -> usize {
         self.geometry.heads.lanes()
     }
 
     /// Most attention blocks of a lane, of any number of entries.
-    fn attend_blocks(&self) -> usize {
+    pub(super) fn attend_blocks(&self) -> usize {
         self.max_entries.div_ceil(64).min(WAVE_BLOCKS.div_ceil(self.lanes())).max(1)
     }
 
     /// Values of a lane's partial results: by block, by query head of the group, output and two more.
-    fn lane_partials(&self) -> usize {
+    pub(super) fn lane_partials(&self) -> usize {
         self.attend_blocks() * self.geometry.heads.group() * (self.geometry.head_dim + 2)
     }
 
@@ -649,41 +631,6 @@ impl Batch {
         self.counters.read(&self.stream, 0, &mut counts)?;
         self.counters.clear(&self.stream, 0..counts.len())?;
         Ok(counts)
-    }
-}
-
-impl Workspace {
-    fn new(gpu: &Gpu, shape: &BatchShape) -> Result<Self, CudaError> {
-        let context = &gpu.context;
-        let (lanes, group) = (shape.slots * shape.lanes(), shape.geometry.heads.group());
-        let listed = lanes * shape.max_count;
-        Ok(Self {
-            label_lse: DeviceBuffer::zeroed(context, lanes * group * SAMPLE_SUMS * 2)?,
-            keys: DeviceBuffer::zeroed(context, lanes * shape.max_tokens)?,
-            histogram: DeviceBuffer::zeroed(context, lanes * BINS)?,
-            above: DeviceBuffer::zeroed(context, lanes * PARTS * ABOVE_WORDS)?,
-            positions: DeviceBuffer::zeroed(context, listed)?,
-            hot_places: DeviceBuffer::zeroed(context, listed)?,
-            misses: DeviceBuffer::zeroed(context, listed)?,
-            part_counts: DeviceBuffer::zeroed(context, lanes * PARTS)?,
-            victim_bins: DeviceBuffer::zeroed(context, lanes * BINS)?,
-            victims: DeviceBuffer::zeroed(context, listed)?,
-            victim_counts: DeviceBuffer::zeroed(context, lanes)?,
-            partials: DeviceBuffer::zeroed(context, lanes * shape.lane_partials())?,
-            arrivals: DeviceBuffer::zeroed(context, lanes)?,
-        })
-    }
-
-    fn bytes(&self) -> u64 {
-        let words = self.positions.bytes() + self.hot_places.bytes() + self.misses.bytes() + self.victims.bytes();
-        let bins = self.histogram.bytes() + self.above.bytes() + self.victim_bins.bytes() + self.victim_counts.bytes();
-        (words
-            + bins
-            + self.label_lse.bytes()
-            + self.keys.bytes()
-            + self.part_counts.bytes()
-            + self.partials.bytes()
-            + self.arrivals.bytes()) as u64
     }
 }
 

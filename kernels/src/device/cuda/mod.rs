@@ -30,6 +30,7 @@ pub mod store;
 pub mod streamed;
 pub mod timer;
 pub mod whole_cache;
+mod workspace;
 
 pub use error::{CudaError, Doing};
 pub use open::{Gpu, OpenError};
