@@ -1,56 +1,29 @@
 //! Steps over several sequences: what a sequence gets does not depend on who steps beside it.
 
+#[path = "support/member.rs"]
+mod member;
 mod support;
 
 use std::sync::Arc;
 
+use member::{Member, SPARSE};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
-use sluice_kernels::budget::{Budget, Settings};
 use sluice_kernels::decoder::{Attend, Decoder, StepError, StepReport, StepRequest};
 use sluice_kernels::device::{DeviceKind, open};
 use sluice_kernels::sequence::Sequence;
 use sluice_kernels::shape::ModelShape;
-use support::{ROW_TYPES, TestDaemon, calibration, device_kinds, rows, shape, shape_of, value};
+use support::{ROW_TYPES, device_kinds, shape, shape_of, value};
 
-const SPARSE: Settings =
-    Settings { budget: Budget::Ratio { numerator: 1, denominator: 16, floor_tokens: 48, cap_tokens: 0 }, exact_tokens: 64, sink_tokens: 4 };
-
-/// Far apart, so that no two sequences have a row in common.
-const APART: usize = 100_000;
-
-/// A sequence with rows of its own.
-struct Member {
-    daemon: TestDaemon,
-    sequence: Sequence,
-    seed: usize,
-}
-
-impl Member {
-    fn new(seed: usize, tokens: usize, shape: &Arc<ModelShape>) -> Self {
-        let daemon = TestDaemon::new(Arc::clone(shape), Some(calibration(shape)), 14);
-        let sequence = daemon.attach(SPARSE, None, 0);
-        let mut member = Self { daemon, sequence, seed };
-        member.append(tokens);
-        if seed.is_multiple_of(2) {
-            member.daemon.seal();
-            member.daemon.refresh(&mut member.sequence);
-        }
-        member
+/// A sequence of so many tokens; every second one has its whole chunks sealed.
+fn grown(seed: usize, tokens: usize, shape: &Arc<ModelShape>) -> Member {
+    let mut member = Member::empty(seed, shape);
+    member.append(tokens);
+    if seed.is_multiple_of(2) {
+        member.seal();
     }
-
-    fn append(&mut self, tokens: usize) {
-        let (first, shape) = (self.sequence.committed(), self.sequence.shape().clone());
-        for layer in 0..shape.layers.len() {
-            let lanes = self.sequence.part(layer).lanes;
-            let own = self.seed * APART + first..self.seed * APART + first + tokens;
-            self.sequence.append(layer, first, &rows(&shape, layer, lanes, own)).expect("append");
-        }
-        let ids: Vec<u32> = (first..first + tokens).map(|position| position as u32).collect();
-        self.sequence.write_tokens(first, &ids).expect("token ids");
-        self.sequence.commit();
-    }
+    member
 }
 
 /// What a member is asked, and what it answered.
@@ -87,7 +60,7 @@ impl Asked {
 /// Ten of them: more than one launch takes.
 fn members(shape: &Arc<ModelShape>) -> Vec<Member> {
     let lengths = [1800, 300, 2600, 1401, 2049, 700, 1024, 1900, 2304, 1111];
-    lengths.into_iter().enumerate().map(|(seed, tokens)| Member::new(seed, tokens, shape)).collect()
+    lengths.into_iter().enumerate().map(|(seed, tokens)| grown(seed, tokens, shape)).collect()
 }
 
 #[test]
@@ -138,7 +111,7 @@ fn a_sequence_has_the_same_bits_alone_and_in_any_batch() {
 fn each_of_several_queries_is_what_it_is_alone() {
     for kind in device_kinds() {
         let mut decoder = Decoder::new(open(kind, 2).expect("device"));
-        let mut member = Member::new(3, 1500, &shape());
+        let mut member = grown(3, 1500, &shape());
         let mut together = Asked::new(&member, 0, 4, Attend::Sparse);
         together.queries.iter_mut().enumerate().for_each(|(index, value)| *value += (index / 256) as f32 * 0.5);
         decoder.step_one(0, &mut together.request(&mut member.sequence)).expect("a step");
@@ -185,7 +158,7 @@ fn hot_rows_of_a_batch_are_each_sequences_own() {
 fn hot_places_move_to_the_lanes_that_miss_and_no_bit_changes() {
     for kind in device_kinds() {
         let mut decoder = Decoder::new(open(kind, 2).expect("device"));
-        let mut members = [0, 0].map(|seed| Member::new(seed, 2600, &shape()));
+        let mut members = [0, 0].map(|seed| grown(seed, 2600, &shape()));
         // The second one has places for what it may select and no more, so it has none to move.
         members[0].sequence.set_hot_rows(640);
         members[1].sequence.set_hot_rows(SPARSE.selected_tokens(2600));
@@ -226,7 +199,7 @@ fn hot_places_move_to_the_lanes_that_miss_and_no_bit_changes() {
 fn a_refused_request_takes_nobody_with_it() {
     for kind in device_kinds() {
         let mut decoder = Decoder::new(open(kind, 2).expect("device"));
-        let mut members: Vec<Member> = (0..3).map(|seed| Member::new(seed, 1500 + 10 * seed, &shape())).collect();
+        let mut members: Vec<Member> = (0..3).map(|seed| grown(seed, 1500 + 10 * seed, &shape())).collect();
         let mut asked: Vec<Asked> = members.iter().map(|member| Asked::new(member, 0, 1, Attend::Sparse)).collect();
         let expected: Vec<_> = asked
             .iter_mut()

@@ -1,37 +1,23 @@
 //! Sequences that have chunks in common: each is as it would be alone, and a device keeps what they share once.
 
+#[path = "support/member.rs"]
+mod member;
 mod support;
 
 use std::sync::Arc;
 
-use sluice_kernels::budget::{Budget, Settings};
+use member::{Member, SPARSE};
 use sluice_kernels::decoder::{Attend, Decoder, StepRequest};
 use sluice_kernels::device::{DeviceKind, open};
-use sluice_kernels::sequence::Sequence;
 use sluice_kernels::shape::ModelShape;
 use sluice_kernels::shared::board::BoardState;
 use sluice_kernels::slot::SlotClass;
-use support::{ROW_TYPES, TestDaemon, calibration, device_kinds, rows, shape, shape_of, value};
-
-const SPARSE: Settings =
-    Settings { budget: Budget::Ratio { numerator: 1, denominator: 16, floor_tokens: 48, cap_tokens: 0 }, exact_tokens: 64, sink_tokens: 4 };
-
-/// Far apart, so that no two sequences have a row in common that they did not inherit.
-const APART: usize = 100_000;
-
-/// A sequence with rows of its own from where it was forked.
-struct Member {
-    daemon: TestDaemon,
-    sequence: Sequence,
-    seed: usize,
-}
+use support::{ROW_TYPES, TestDaemon, calibration, device_kinds, shape, shape_of, value};
 
 impl Member {
-    fn new(seed: usize, tokens: usize, shape: &Arc<ModelShape>) -> Self {
-        let daemon = TestDaemon::new(Arc::clone(shape), Some(calibration(shape)), 12);
-        let sequence = daemon.attach(SPARSE, None, 0);
-        let mut member = Self { daemon, sequence, seed };
-        member.append(tokens);
+    fn grown(seed: usize, tokens: usize, shape: &Arc<ModelShape>) -> Self {
+        let mut member = Self::empty(seed, shape);
+        member.grow(tokens);
         member
     }
 
@@ -57,18 +43,9 @@ impl Member {
     }
 
     /// Appends rows of its own, and has whole chunks sealed.
-    fn append(&mut self, tokens: usize) {
-        let (first, shape) = (self.sequence.committed(), self.sequence.shape().clone());
-        for layer in 0..shape.layers.len() {
-            let lanes = self.sequence.part(layer).lanes;
-            let own = self.seed * APART + first..self.seed * APART + first + tokens;
-            self.sequence.append(layer, first, &rows(&shape, layer, lanes, own)).expect("append");
-        }
-        let ids: Vec<u32> = (first..first + tokens).map(|position| position as u32).collect();
-        self.sequence.write_tokens(first, &ids).expect("token ids");
-        self.sequence.commit();
-        self.daemon.seal();
-        self.daemon.refresh(&mut self.sequence);
+    fn grow(&mut self, tokens: usize) {
+        self.append(tokens);
+        self.seal();
     }
 
     fn truncate(&mut self, tokens: usize) {
@@ -165,10 +142,10 @@ impl World {
 
 /// Ten chunks of one, nine of them with two others that go on alone.
 fn family(shape: &Arc<ModelShape>) -> Vec<Member> {
-    let parent = Member::new(0, 2600, shape);
+    let parent = Member::grown(0, 2600, shape);
     let mut children = [parent.fork(1, 9, 40), parent.fork(2, 9, 60)];
-    children[0].append(400);
-    children[1].append(700);
+    children[0].grow(400);
+    children[1].grow(700);
     let [first, second] = children;
     vec![parent, first, second]
 }
@@ -182,7 +159,7 @@ fn members_of_a_family_are_as_they_are_alone_and_keep_common_labels_once() {
         let alone = world.bytes_alone;
         assert_eq!(world.label_bytes(), alone, "{kind}: bytes of labels");
         assert!(alone > 0 || !matches!(kind, DeviceKind::Cuda { .. }), "{kind}: there are labels on the device");
-        world.change(1, |member| member.append(300));
+        world.change(1, |member| member.grow(300));
         world.assert_as_alone("after one has grown");
         assert_eq!(world.label_bytes(), alone, "{kind}: bytes of labels");
     }
@@ -196,12 +173,12 @@ fn what_one_gives_up_the_others_keep() {
         world.change(1, |member| {
             member.truncate(256 * 7 + 10);
             member.seed = 7;
-            member.append(900);
+            member.grow(900);
         });
         world.assert_as_alone("after one has other rows from chunk 7 on");
         world.leave(0);
         world.assert_as_alone("after the first has gone");
-        world.change(1, |member| member.append(256));
+        world.change(1, |member| member.grow(256));
         world.assert_as_alone("after another has grown");
         world.leave(1);
         world.leave(0);
@@ -209,44 +186,34 @@ fn what_one_gives_up_the_others_keep() {
     }
 }
 
-#[test]
-fn a_slot_that_has_another_chunk_by_now_has_its_labels() {
+/// A sequence steps; `change` takes its slots away without its knowing; another that has its first `chunks` chunks, and rows of its own in the
+/// slots of the next ones, is as it is alone.
+fn assert_nothing_is_taken_over(chunks: usize, tokens: usize, change: impl Fn(&Member)) {
     for kind in device_kinds() {
-        let mut decoder = Decoder::new(open(kind, 2).expect("device"));
-        let mut first = Member::new(0, 2600, &shape());
-        answers(&mut decoder, 0, &mut [&mut first]);
-        // The lease is over, but its holder has not looked yet; the same slots are given to another sequence.
-        first.daemon.board.set_lease(1, 1, BoardState::Closed);
+        let decoder = || Decoder::new(open(kind, 2).expect("device"));
+        let (mut shared, mut first) = (decoder(), Member::grown(0, 2600, &shape()));
+        answers(&mut shared, 0, &mut [&mut first]);
+        change(&first);
         let second = || {
-            let mut second = first.fork(1, 0, 0);
-            second.append(2600);
+            let mut second = first.fork(1, chunks, 0);
+            second.grow(tokens);
             second
         };
         let (mut second, mut twin) = (second(), second());
-        let together = answers(&mut decoder, 0, &mut [&mut second]);
-        forget(&mut decoder, &mut [&mut first, &mut second]);
-        let alone = answers(&mut Decoder::new(open(kind, 2).expect("device")), 0, &mut [&mut twin]);
-        assert!(together == alone, "{kind}");
+        let together = answers(&mut shared, 0, &mut [&mut second]);
+        forget(&mut shared, &mut [&mut first, &mut second]);
+        assert!(together == answers(&mut decoder(), 0, &mut [&mut twin]), "{kind}");
     }
 }
 
 #[test]
+fn a_slot_that_has_another_chunk_by_now_has_its_labels() {
+    // The lease is over, but its holder has not looked yet; the same slots are given to another sequence.
+    assert_nothing_is_taken_over(0, 2600, |first| first.daemon.board.set_lease(1, 1, BoardState::Closed));
+}
+
+#[test]
 fn a_slot_of_a_chunk_that_was_truncated_has_the_labels_of_the_next() {
-    for kind in device_kinds() {
-        let mut decoder = Decoder::new(open(kind, 2).expect("device"));
-        let mut first = Member::new(0, 2600, &shape());
-        answers(&mut decoder, 0, &mut [&mut first]);
-        // The daemon has truncated; the holder does not know yet.
-        first.daemon.board.set_sealed_chunks(3);
-        let second = || {
-            let mut second = first.fork(1, 3, 0);
-            second.append(2000);
-            second
-        };
-        let (mut second, mut twin) = (second(), second());
-        let together = answers(&mut decoder, 0, &mut [&mut second]);
-        forget(&mut decoder, &mut [&mut first, &mut second]);
-        let alone = answers(&mut Decoder::new(open(kind, 2).expect("device")), 0, &mut [&mut twin]);
-        assert!(together == alone, "{kind}");
-    }
+    // The daemon has truncated; the holder does not know yet.
+    assert_nothing_is_taken_over(3, 2000, |first| first.daemon.board.set_sealed_chunks(3));
 }

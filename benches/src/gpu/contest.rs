@@ -5,6 +5,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use sluice_kernels::budget::{Budget, Settings};
 use sluice_kernels::decoder::balance::{Balance, BlockBounds};
+use sluice_kernels::device::cuda::CudaError;
 use sluice_kernels::device::cuda::batch::Batch;
 use sluice_kernels::device::cuda::buffer::DeviceBuffer;
 use sluice_kernels::device::cuda::jobs::POOL_BLOCK;
@@ -154,18 +155,24 @@ impl<'a> Contest<'a> {
             }
             let batch = self.scene.resident(context)?;
             let layers = batch.layers();
-            let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_dense_layer(layer, 0..1)))?;
-            let mut timer = Timer::new(batch.stream());
-            let mut times = Vec::new();
-            for round in 0..WARM_UP + self.rounds {
-                let time = timed(&mut timer, || Ok(graph.launch()?))?;
-                if round >= WARM_UP {
-                    times.push(time);
-                }
-            }
+            let times = self.launches(&batch, || (0..layers).try_for_each(|layer| batch.enqueue_dense_layer(layer, 0..1)))?;
             self.outcome.steps.push(StepOutcome::new(&format!("dense, resident, {context}"), &times, None, batch.bytes()));
         }
         Ok(())
+    }
+
+    /// Milliseconds of launches of what `enqueue` puts on the batch's stream as a graph, after some that do not count.
+    fn launches(&self, batch: &Batch, enqueue: impl FnOnce() -> Result<(), CudaError>) -> Result<Vec<f64>> {
+        let graph = batch.capture(enqueue)?;
+        let mut timer = Timer::new(batch.stream());
+        let mut times = Vec::new();
+        for round in 0..WARM_UP + self.rounds {
+            let time = timed(&mut timer, || Ok(graph.launch()?))?;
+            if round >= WARM_UP {
+                times.push(time);
+            }
+        }
+        Ok(times)
     }
 
     fn streamed(&mut self) -> Result<()> {
@@ -255,16 +262,8 @@ impl<'a> Contest<'a> {
         let label_bytes = batch.shape().geometry.heads.lanes() * batch.shape().max_tokens * batch.shape().plan.label_bytes();
         let mut before = 0.0;
         for (last, part) in PARTS.into_iter().enumerate().take(parts) {
-            let graph =
-                batch.capture(|| (0..layers).try_for_each(|layer| (0..=last).try_for_each(|part| batch.enqueue_part(layer, part))))?;
-            let mut timer = Timer::new(batch.stream());
-            let mut times = Vec::new();
-            for round in 0..WARM_UP + self.rounds {
-                let time = timed(&mut timer, || Ok(graph.launch()?))?;
-                if round >= WARM_UP {
-                    times.push(time);
-                }
-            }
+            let parts_so_far = |layer| (0..=last).try_for_each(|part| batch.enqueue_part(layer, part));
+            let times = self.launches(batch, || (0..layers).try_for_each(parts_so_far))?;
             let layer_ms = median(&times).unwrap_or(0.0) / layers as f64;
             let own_ms = layer_ms - before;
             before = layer_ms;

@@ -73,7 +73,7 @@ pub struct StepReport {
     pub gather: Duration,
     /// Attending.
     pub attend: Duration,
-    /// All of it, on a device that does not tell the parts apart because its launches overlap.
+    /// All of it, on a device that does not tell the parts apart because its launches overlap: an equal share of what the batch took.
     pub fused: Duration,
 }
 

@@ -58,6 +58,8 @@ pub(super) struct Group {
     pub(super) key: GroupKey,
     pub(super) step: HostStep,
     room: Room,
+    /// Slots that are worth asking for: fewer after the device had no room for more.
+    most_slots: usize,
     _charge: Charge,
 }
 
@@ -86,7 +88,7 @@ impl Group {
             .collect();
         let batch = Batch::new(gpu, compiler, stream, &shape, &layers)?;
         let charge = ledger.charge(DeviceBytes { workspace: batch.own_bytes(), ..DeviceBytes::default() })?;
-        Ok(Self { step: HostStep::new(gpu, batch)?, key, room, _charge: charge })
+        Ok(Self { step: HostStep::new(gpu, batch)?, key, room, most_slots: MOST_SLOTS, _charge: charge })
     }
 
     /// Makes room for more. Between steps; what there is stays as it is where that fails.
@@ -111,7 +113,12 @@ impl Group {
 
     /// Room for `sequences` at once, up to a bound.
     pub(super) fn room_for(&self, sequences: usize) -> Room {
-        Room { slots: sequences.next_power_of_two().min(MOST_SLOTS), ..self.room }
+        Room { slots: sequences.next_power_of_two().min(self.most_slots), ..self.room }
+    }
+
+    /// Asks for no more slots than there are.
+    pub(super) fn keep_slots(&mut self) {
+        self.most_slots = self.room.slots;
     }
 
     /// Seats sequences, as many as there are slots at most; answers with the slot of each, which together are consecutive. Those who sit well
@@ -119,6 +126,9 @@ impl Group {
     pub(super) fn seat_all(&mut self, seats: &[&Arc<Seat>]) -> Result<Vec<usize>, CudaError> {
         let batch = self.step.batch_mut();
         let slots = batch.shape().slots;
+        if seats.len() > slots {
+            return Err(CudaError::Bound { field: "sequences of a launch", value: seats.len() as u64, low: 0, high: slots as u64 });
+        }
         let slot_of =
             |batch: &Batch, seat: &Arc<Seat>| (0..slots).find(|&slot| batch.seat(slot).is_some_and(|held| Arc::ptr_eq(held, seat)));
         let allowed = match seats {
@@ -135,7 +145,9 @@ impl Group {
                 batch.leave(elsewhere);
             }
             let mut free = allowed.clone().filter(|slot| !found.contains(&Some(*slot)));
-            let slot = free.clone().find(|&slot| batch.seat(slot).is_none()).or_else(|| free.next()).ok_or(CudaError::NothingCaptured)?;
+            let slot = free.clone().find(|&slot| batch.seat(slot).is_none()).or_else(|| free.next());
+            // There are as many slots as seats.
+            let Some(slot) = slot else { continue };
             batch.sit(slot, seat)?;
             found[index] = Some(slot);
         }

@@ -177,10 +177,12 @@ impl ResidentDecoder {
     }
 
     fn stream(&mut self) -> Result<Arc<CudaStream>, CudaError> {
-        if self.stream.is_none() {
-            self.stream = Some(self.gpu.new_stream()?);
+        if let Some(stream) = &self.stream {
+            return Ok(Arc::clone(stream));
         }
-        self.stream.clone().ok_or(CudaError::NothingCaptured)
+        let stream = self.gpu.new_stream()?;
+        self.stream = Some(Arc::clone(&stream));
+        Ok(stream)
     }
 
     fn new_state(&mut self, sequence: &Sequence, size: &Size) -> Result<Box<Resident>, CudaError> {

@@ -57,7 +57,7 @@ impl ResidentDecoder {
                 Ok(hits) => {
                     for (ready, hits) in together.into_iter().zip(hits) {
                         let item = &mut items[ready.index];
-                        results[ready.index] = Ok(Some(StepReport { fused: begin.elapsed(), ..report_of(layer, item, hits) }));
+                        results[ready.index] = Ok(Some(report_of(layer, item, hits)));
                         item.sequence.put_resident(ready.resident);
                     }
                 }
@@ -67,6 +67,10 @@ impl ResidentDecoder {
                 }
             }
         }
+        // Those who step together have equal shares of the time.
+        let done = results.iter_mut().filter_map(|result| result.as_mut().ok()?.as_mut()).collect::<Vec<_>>();
+        let share = begin.elapsed() / done.len().max(1) as u32;
+        done.into_iter().for_each(|report| report.fused = share);
         results
     }
 
@@ -96,7 +100,10 @@ impl ResidentDecoder {
         let room = self.groups[group].room_for(wanted);
         // What there is serves as well, in turns.
         if let (Ok(stream), Ok(ledger)) = (self.stream(), self.ledger()) {
-            let _ = self.groups[group].fit(&self.gpu, &self.compiler, &stream, &ledger, room);
+            let widened = self.groups[group].fit(&self.gpu, &self.compiler, &stream, &ledger, room);
+            if widened.is_err() {
+                self.groups[group].keep_slots();
+            }
         }
         self.groups[group].slots()
     }

@@ -2,8 +2,8 @@
 //! are attended.
 //!
 //! Kernels whose blocks wait for each other (score, select) follow one another on one stream, so that no two of them can hold each other's
-//! places; the gathers have a stream, whose blocks are the first to get places, and attention has one. Each sequence has launches of its own, with the grids it would have alone, so
-//! its bits are those it has alone.
+//! places; the gathers have a stream, whose blocks are the first to get places, and attention has one. Each sequence has launches of its own,
+//! and no result depends on a grid, so its bits are those it has alone.
 
 use std::sync::Arc;
 
