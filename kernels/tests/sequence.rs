@@ -2,6 +2,8 @@
 
 #[path = "sequence/look_ahead.rs"]
 mod look_ahead;
+#[path = "sequence/offsets.rs"]
+mod offsets;
 mod support;
 #[path = "sequence/warm_up.rs"]
 mod warm_up;

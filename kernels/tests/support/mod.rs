@@ -2,7 +2,8 @@
 
 mod e4m3;
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sluice_kernels::budget::Settings;
@@ -13,7 +14,6 @@ use sluice_kernels::scales::RowScale;
 use sluice_kernels::sequence::{Sequence, SequenceFiles};
 use sluice_kernels::shape::{LaneKind, LayerShape, ModelShape, RowType};
 use sluice_kernels::shared::board::{Board, BoardState};
-use sluice_kernels::shared::folder::create_allocated;
 use sluice_kernels::shared::open::{OpenFile, OpenLayout};
 use sluice_kernels::shared::segment::{Access, LabelSegment, Segment};
 use sluice_kernels::slot::{SlotClass, SlotId};
@@ -81,19 +81,29 @@ pub(crate) struct TestDaemon {
     pub(crate) segments: Vec<(Arc<Segment>, Option<Arc<LabelSegment>>)>,
     /// First of the segments that this daemon seals to.
     pub(crate) first_segment: u32,
+    /// Slots of a segment.
+    pub(crate) segment_slots: u32,
+}
+
+/// A new file of `bytes`, which takes memory where it is touched.
+fn create(path: &Path, bytes: u64) -> File {
+    let file = File::options().read(true).write(true).create_new(true).open(path).expect("a new file");
+    file.set_len(bytes).expect("its length");
+    file
 }
 
 impl TestDaemon {
     pub(crate) fn new(shape: Arc<ModelShape>, calibration: Option<Arc<Calibration>>, open_slots: u32) -> Self {
         let folder = tempfile::tempdir_in("/dev/shm").expect("a folder for the test");
-        let file = create_allocated(&folder.path().join("board"), Board::file_bytes(TABLE_CHUNKS), 1).expect("board file");
+        let file = create(&folder.path().join("board"), Board::file_bytes(TABLE_CHUNKS));
         let board = Board::create(&file, TABLE_CHUNKS).expect("board");
         board.set_lease(1, 1, BoardState::Live);
         board.set_label_set(calibration.as_ref().map(|_| LABEL_SET));
         let layout = OpenLayout::new(&shape, open_slots).expect("layout");
-        let file = create_allocated(&folder.path().join("open"), layout.file_bytes(), 2).expect("open file");
+        let file = create(&folder.path().join("open"), layout.file_bytes());
         let open = OpenFile::create(file, layout).expect("open slots");
-        Self { folder, shape, calibration, board, open, sealed: 0, segments: Vec::new(), first_segment: 0 }
+        let (sealed, segments, first_segment, segment_slots) = (0, Vec::new(), 0, SEGMENT_SLOTS);
+        Self { folder, shape, calibration, board, open, sealed, segments, first_segment, segment_slots }
     }
 
     pub(crate) fn attach(&self, settings: Settings, lanes: Option<std::ops::Range<usize>>, writer: usize) -> Sequence {
@@ -117,24 +127,24 @@ impl TestDaemon {
 
     /// Segment of a class that holds chunk `chunk`: slots are handed out backwards, so that no test passes by slot order.
     fn slot(&mut self, class: SlotClass, chunk: usize) -> SlotId {
-        let segment = self.first_segment + (chunk as u32 / SEGMENT_SLOTS) * 2 + u32::from(class == SlotClass::Window);
+        let segment = self.first_segment + (chunk as u32 / self.segment_slots) * 2 + u32::from(class == SlotClass::Window);
         while self.segments.len() <= segment as usize {
             self.add_segment();
         }
-        SlotId { segment, index: SEGMENT_SLOTS - 1 - chunk as u32 % SEGMENT_SLOTS }
+        SlotId { segment, index: self.segment_slots - 1 - chunk as u32 % self.segment_slots }
     }
 
     fn add_segment(&mut self) {
         let id = self.segments.len() as u32;
         let class = if id.is_multiple_of(2) { SlotClass::Selected } else { SlotClass::Window };
         let layout = Arc::new(ClassLayout::new(&self.shape, class));
-        let file = create_allocated(&self.path(&format!("segment-{id}")), layout.segment_bytes(SEGMENT_SLOTS), 2).expect("segment file");
-        let rows = Arc::new(Segment::map(id, SEGMENT_SLOTS, layout, &file, Access::Writable).expect("segment"));
+        let slots = self.segment_slots;
+        let file = create(&self.path(&format!("segment-{id}")), layout.segment_bytes(slots));
+        let rows = Arc::new(Segment::map(id, slots, layout, &file, Access::Writable).expect("segment"));
         let labels = self.calibration.as_ref().filter(|_| class == SlotClass::Selected).map(|calibration| {
             let layout = Arc::new(ClassLayout::labels(&self.shape, &calibration.plan));
-            let bytes = layout.segment_bytes(SEGMENT_SLOTS);
-            let file = create_allocated(&self.path(&format!("labels-{id}")), bytes, 1).expect("label file");
-            Arc::new(LabelSegment::map(LABEL_SET, SEGMENT_SLOTS, layout, &file, Access::Writable).expect("labels"))
+            let file = create(&self.path(&format!("labels-{id}")), layout.segment_bytes(slots));
+            Arc::new(LabelSegment::map(LABEL_SET, slots, layout, &file, Access::Writable).expect("labels"))
         });
         self.segments.push((rows, labels));
     }
