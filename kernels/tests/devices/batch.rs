@@ -25,7 +25,7 @@ use sluice_kernels::slot::SlotClass;
 use crate::data::{Layer, Shape, assert_close};
 
 /// The GPU, where the environment asks for it.
-fn gpu() -> Option<(Gpu, Compiler)> {
+pub(crate) fn gpu() -> Option<(Gpu, Compiler)> {
     if std::env::var("SLUICE_TEST_DEVICES").as_deref() != Ok("cuda") {
         eprintln!("NOT COVERED: the resident step. SLUICE_TEST_DEVICES=cuda runs it on a GPU.");
         return None;
@@ -34,17 +34,17 @@ fn gpu() -> Option<(Gpu, Compiler)> {
 }
 
 /// A made-up layer whose chunks lie in random places of one pinned segment.
-struct Hosted {
-    layer: Layer,
-    coder: LabelCoder,
+pub(crate) struct Hosted {
+    pub(crate) layer: Layer,
+    pub(crate) coder: LabelCoder,
     segment: Arc<Segment>,
-    host: HostRows,
-    places: Vec<u32>,
+    pub(crate) host: HostRows,
+    pub(crate) places: Vec<u32>,
 }
 
-const PLAN: &str = "16@4+32@2";
+pub(crate) const PLAN: &str = "16@4+32@2";
 
-fn hosted(gpu: &Gpu, shape: Shape, plan: &str, seed: u64) -> Hosted {
+pub(crate) fn hosted(gpu: &Gpu, shape: Shape, plan: &str, seed: u64) -> Hosted {
     let mut layer = Layer::new(shape, seed);
     let plan: LabelPlan = plan.parse().expect("a plan");
     let coder = layer.coder(&plan);
@@ -73,7 +73,7 @@ fn hosted(gpu: &Gpu, shape: Shape, plan: &str, seed: u64) -> Hosted {
 }
 
 impl Hosted {
-    fn shape(&self, kept: Kept, max_count: usize) -> (SeatShape, BatchShape) {
+    pub(crate) fn shape(&self, kept: Kept, max_count: usize) -> (SeatShape, BatchShape) {
         let (geometry, plan, max_tokens) = (self.layer.geometry.clone(), self.coder.plan.clone(), self.layer.pages.len() * 256);
         let seat = SeatShape { geometry: geometry.clone(), plan: plan.clone(), layers: 1, max_tokens, kept, tail_chunks: 3 };
         let max_entries = max_count + 3 * 256;
@@ -81,7 +81,7 @@ impl Hosted {
     }
 
     /// A batch of one slot over this host memory.
-    fn batch(&self, gpu: &Gpu, compiler: &Compiler, shape: &BatchShape) -> Batch {
+    pub(crate) fn batch(&self, gpu: &Gpu, compiler: &Compiler, shape: &BatchShape) -> Batch {
         let host = HostPart::whole(0, self.layer.geometry.page_bytes() as u64);
         let layer = BatchLayer { coder: &self.coder, scales: self.layer.geometry.scales.clone(), host };
         let stream = gpu.new_stream().expect("a stream");
@@ -90,7 +90,7 @@ impl Hosted {
         batch
     }
 
-    fn host_pages(&self, chunks: Range<usize>) -> Vec<HostPage<'_>> {
+    pub(crate) fn host_pages(&self, chunks: Range<usize>) -> Vec<HostPage<'_>> {
         self.places[chunks].iter().map(|&place| self.host.host_page(place)).collect()
     }
 
@@ -100,7 +100,14 @@ impl Hosted {
     }
 
     /// Seats the sequence in a batch of its own, rows up to `length`.
-    fn seated(&self, gpu: &Gpu, compiler: &Compiler, shape: &(SeatShape, BatchShape), length: usize, settings: &Settings) -> Batch {
+    pub(crate) fn seated(
+        &self,
+        gpu: &Gpu,
+        compiler: &Compiler,
+        shape: &(SeatShape, BatchShape),
+        length: usize,
+        settings: &Settings,
+    ) -> Batch {
         let mut batch = self.batch(gpu, compiler, &shape.1);
         let seat = Arc::new(Seat::new(gpu, batch.stream(), &shape.0).expect("a seat"));
         seat.set_host_places(batch.stream(), 0, &self.places).expect("places");
@@ -122,7 +129,7 @@ impl Hosted {
     }
 
     /// The newest row of every lane.
-    fn newest(&self, length: usize) -> Vec<u8> {
+    pub(crate) fn newest(&self, length: usize) -> Vec<u8> {
         let geometry = &self.layer.geometry;
         let page = &self.layer.pages[(length - 1) / 256];
         (0..self.layer.shape.lanes)
@@ -141,12 +148,12 @@ impl Hosted {
     }
 }
 
-fn settings(denominator: u32) -> Settings {
+pub(crate) fn settings(denominator: u32) -> Settings {
     let budget = Budget::Ratio { numerator: 1, denominator, floor_tokens: 16, cap_tokens: 0 };
     Settings { budget, exact_tokens: 64, sink_tokens: 4 }
 }
 
-fn step(batch: &mut Batch, query: &[f32], newest: &[u8]) -> (Vec<f32>, Vec<f32>) {
+pub(crate) fn step(batch: &mut Batch, query: &[f32], newest: &[u8]) -> (Vec<f32>, Vec<f32>) {
     batch.set_queries(0, query).expect("queries");
     batch.set_new_rows(0, newest).expect("newest rows");
     batch.send_states().expect("states");

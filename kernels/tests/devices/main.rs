@@ -12,6 +12,7 @@ mod hot;
 mod kind;
 mod label;
 mod many;
+mod offsets;
 mod rows;
 mod score;
 mod select;
