@@ -1,5 +1,8 @@
 //! The real daemon process: started, stopped, killed and started again.
 
+use std::collections::HashMap;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -28,6 +31,8 @@ impl Default for DaemonOptions {
 /// A daemon process with folders of its own.
 pub struct Daemon {
     child: Option<Child>,
+    /// Where its metrics are.
+    http: String,
     arena: TempDir,
     run: TempDir,
     options: DaemonOptions,
@@ -52,14 +57,19 @@ pub fn target_folder() -> PathBuf {
 impl Daemon {
     pub fn start(options: DaemonOptions) -> Self {
         let folder = |at: &str| tempfile::Builder::new().prefix("sluice-test-").tempdir_in(at).expect("folder for the daemon");
-        let mut daemon = Self { child: None, arena: folder("/dev/shm"), run: folder("/tmp"), options };
+        let mut daemon = Self { child: None, http: String::new(), arena: folder("/dev/shm"), run: folder("/tmp"), options };
         daemon.spawn();
         daemon
     }
 
     pub fn spawn(&mut self) {
         let mut command = Command::new(binary());
-        command.arg("serve").arg("--socket").arg(self.socket()).arg("--arena").arg(self.arena_folder()).args(["--http", "off"]);
+        command.arg("serve").arg("--socket").arg(self.socket()).arg("--arena").arg(self.arena_folder()).args([
+            "--http",
+            "127.0.0.1:0",
+            "--format",
+            "json",
+        ]);
         command.args(["--device", &self.options.device.to_string(), "--threads", "1"]);
         let sizes = [
             ("arena.capacity_bytes", self.options.arena_bytes.to_string()),
@@ -72,8 +82,24 @@ impl Daemon {
             command.arg("--set").arg(format!("{key}={value}"));
         }
         command.args(["--log", &std::env::var("SLUICE_TEST_LOG").unwrap_or_else(|_| "warn".to_owned())]);
-        command.stdout(Stdio::null());
-        self.child = Some(command.spawn().expect("start of the daemon"));
+        let mut child = command.stdout(Stdio::piped()).spawn().expect("start of the daemon");
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("what the daemon says when it is ready");
+        self.child = Some(child);
+        let ready: serde_json::Value = serde_json::from_str(&line).expect("a ready daemon");
+        ready["ready"]["http"].as_str().expect("an address").clone_into(&mut self.http);
+    }
+
+    /// The samples of its metrics by name and labels.
+    pub fn metrics(&self) -> HashMap<String, f64> {
+        let mut stream = TcpStream::connect(&self.http).expect("the daemon's metrics");
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nhost: sluice\r\nconnection: close\r\n\r\n").expect("a request");
+        let mut text = String::new();
+        stream.read_to_string(&mut text).expect("UTF-8");
+        let (head, body) = text.split_once("\r\n\r\n").expect("a reply");
+        assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+        let samples = body.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.rsplit_once(' '));
+        samples.map(|(name, value)| (name.to_owned(), value.parse().expect("a number"))).collect()
     }
 
     pub fn socket(&self) -> PathBuf {
