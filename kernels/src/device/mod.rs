@@ -10,7 +10,7 @@ pub mod kind;
 pub mod reference;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::heads::HeadMap;
 use crate::label::LabelCoder;
@@ -287,10 +287,28 @@ pub trait Device: Send {
     /// Writes `[query][query_head][head_dim]` and `[query][query_head]`. The result of a query does not depend on its neighbours.
     fn attend_many(&mut self, job: &ManyJob, output: &mut [f32], lse: &mut [f32]);
 
-    /// Score, select and attend as one verb; the same result as the three verbs one after the other.
-    fn step(&mut self, job: &StepJob, result: StepResult) -> StepTimes;
+    /// Score, select and attend as one verb; the same result as the three verbs one after the other, which it is where a device has no faster
+    /// way.
+    fn step(&mut self, job: &StepJob, result: StepResult) -> StepTimes {
+        let (lanes, rows) = (job.geometry.heads.lanes(), job.horizon());
+        let mut keys = vec![0; lanes * rows];
+        let start = Instant::now();
+        self.score(&job.score(), &mut keys);
+        let scored = Instant::now();
+        self.select(&SelectJob { keys: &keys, lanes, rows, count: job.count, sinks: job.sinks }, result.positions);
+        let selected = Instant::now();
+        self.attend(&job.attend(result.positions), result.output, result.lse);
+        StepTimes { score: scored - start, select: selected - scored, attend: selected.elapsed() }
+    }
 
     /// By query head, the fraction of the dense softmax mass (over all rows before `exact_to`) that the job's listed and exact rows hold:
-    /// between 0 and 1. Every page before `exact_to` is needed.
-    fn mass_kept(&mut self, job: &AttendJob) -> Vec<f32>;
+    /// between 0 and 1. Every page before `exact_to` is needed. By default from the log-sum-exps of attending these rows, and all rows.
+    fn mass_kept(&mut self, job: &AttendJob) -> Vec<f32> {
+        let heads = job.geometry.heads.query_heads();
+        let (mut output, mut kept, mut all) = (vec![0.0; heads * job.geometry.head_dim], vec![0.0; heads], vec![0.0; heads]);
+        self.attend(job, &mut output, &mut kept);
+        let dense = AttendJob { listed: &[], listed_per_lane: 0, exact_from: 0, hot: None, ..*job };
+        self.attend(&dense, &mut output, &mut all);
+        kept.iter().zip(&all).map(|(kept, all)| (kept - all).exp().min(1.0)).collect()
+    }
 }

@@ -341,15 +341,6 @@ impl Device for Cpu {
         self.attend(&job.attend(result.positions), result.output, result.lse);
         StepTimes { score: times.score, select: times.select, attend: start.elapsed() }
     }
-
-    fn mass_kept(&mut self, job: &AttendJob) -> Vec<f32> {
-        let heads = job.geometry.heads.query_heads();
-        let (mut output, mut kept, mut all) = (vec![0.0; heads * job.geometry.head_dim], vec![0.0; heads], vec![0.0; heads]);
-        self.attend(job, &mut output, &mut kept);
-        let dense = AttendJob { listed: &[], listed_per_lane: 0, exact_from: 0, hot: None, ..*job };
-        self.attend(&dense, &mut output, &mut all);
-        kept.iter().zip(&all).map(|(kept, all)| (kept - all).exp().min(1.0)).collect()
-    }
 }
 
 /// Rounds f32 to little-endian binary16, as `half::f16::from_f32`.

@@ -1,7 +1,6 @@
 //! The CUDA device for jobs in host memory.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use cudarc::driver::CudaStream;
 
@@ -15,7 +14,7 @@ use super::open::Gpu;
 use super::staged_step;
 use super::staging::Staging;
 use super::streamed::{PIECE_BYTES, Streamed};
-use crate::device::{AttendJob, Device, LabelJob, LayerGeometry, ManyJob, ScoreJob, SelectJob, StepJob, StepResult, StepTimes};
+use crate::device::{AttendJob, Device, LabelJob, LayerGeometry, ManyJob, ScoreJob, SelectJob};
 
 /// Shapes of layers whose halves for streaming are kept.
 const KEPT_SHAPES: usize = 4;
@@ -143,26 +142,5 @@ impl Device for Cuda {
     fn attend_many(&mut self, job: &ManyJob, output: &mut [f32], lse: &mut [f32]) {
         let result = self.try_attend_many(job, output, lse);
         done(&self.name, result);
-    }
-
-    fn step(&mut self, job: &StepJob, result: StepResult) -> StepTimes {
-        let (lanes, rows) = (job.geometry.heads.lanes(), job.horizon());
-        let mut keys = vec![0; lanes * rows];
-        let start = Instant::now();
-        self.score(&job.score(), &mut keys);
-        let scored = Instant::now();
-        self.select(&SelectJob { keys: &keys, lanes, rows, count: job.count, sinks: job.sinks }, result.positions);
-        let selected = Instant::now();
-        self.attend(&job.attend(result.positions), result.output, result.lse);
-        StepTimes { score: scored - start, select: selected - scored, attend: selected.elapsed() }
-    }
-
-    fn mass_kept(&mut self, job: &AttendJob) -> Vec<f32> {
-        let heads = job.geometry.heads.query_heads();
-        let (mut output, mut kept, mut all) = (vec![0.0; heads * job.geometry.head_dim], vec![0.0; heads], vec![0.0; heads]);
-        self.attend(job, &mut output, &mut kept);
-        let dense = AttendJob { listed: &[], listed_per_lane: 0, exact_from: 0, hot: None, ..*job };
-        self.attend(&dense, &mut output, &mut all);
-        kept.iter().zip(&all).map(|(kept, all)| (kept - all).exp().min(1.0)).collect()
     }
 }

@@ -3,9 +3,7 @@
 mod attend;
 mod score;
 
-use std::time::Instant;
-
-use super::{AttendJob, Device, LabelJob, ManyJob, ScoreJob, SelectJob, StepJob, StepResult, StepTimes};
+use super::{AttendJob, Device, LabelJob, ManyJob, ScoreJob, SelectJob};
 use crate::label::{encode, quantise};
 use crate::slot::CHUNK_TOKENS;
 
@@ -94,18 +92,6 @@ impl Device for Reference {
                 }
             }
         }
-    }
-
-    fn step(&mut self, job: &StepJob, result: StepResult) -> StepTimes {
-        let (lanes, rows) = (job.geometry.heads.lanes(), job.horizon());
-        let mut keys = vec![0; lanes * rows];
-        let start = Instant::now();
-        self.score(&job.score(), &mut keys);
-        let scored = Instant::now();
-        self.select(&SelectJob { keys: &keys, lanes, rows, count: job.count, sinks: job.sinks }, result.positions);
-        let selected = Instant::now();
-        self.attend(&job.attend(result.positions), result.output, result.lse);
-        StepTimes { score: scored - start, select: selected - scored, attend: selected.elapsed() }
     }
 
     fn mass_kept(&mut self, job: &AttendJob) -> Vec<f32> {
