@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use sluice_kernels::device::cuda::Cuda;
-use sluice_kernels::device::cuda::append::Appender;
+use sluice_kernels::device::cuda::append::{Appender, BufferRows};
 use sluice_kernels::device::cuda::batch::Batch;
 use sluice_kernels::device::cuda::buffer::{DeviceBuffer, HostAccess};
 use sluice_kernels::device::cuda::host::{HostFile, HostRows, HostSegment};
@@ -178,23 +178,24 @@ fn append(scene: &Scene<'_>, rounds: usize, outcome: &mut Outcome) -> Result<()>
     file.set_len(layout.segment_bytes(slots)).context("shared memory")?;
     let segment = Segment::map(0, slots, Arc::clone(&layout), &file, Access::Writable)?;
     segment.populate(std::thread::available_parallelism().map_or(1, std::num::NonZero::get));
-    let host = HostRows::new(layout, vec![HostSegment::register(scene.gpu, HostFile::Sealed(Arc::new(segment)), HostAccess::Write)?]);
+    let mut host = HostRows::new(layout, vec![HostSegment::register(scene.gpu, HostFile::Sealed(Arc::new(segment)), HostAccess::Write)?]);
     let batch = scene.growing(APPENDED, &host)?;
     let mut appender = Appender::new(scene.gpu, scene.compiler, &batch, 0)?;
     let token_bytes = geometry.heads.lanes() * geometry.row_bytes();
-    let rows = DeviceBuffer::zeroed(&scene.gpu.context, PIECE * token_bytes)?;
+    let rows = DeviceBuffer::zeroed(batch.stream(), PIECE * token_bytes)?;
     let (layers, pieces) = (scene.shape.layers.len(), APPENDED / PIECE);
     let all_bytes = (layers * APPENDED * token_bytes) as f64;
-    let plane = DeviceBuffer::zeroed(&scene.gpu.context, APPENDED * token_bytes)?;
+    let plane = DeviceBuffer::zeroed(batch.stream(), APPENDED * token_bytes)?;
+    let places: Vec<u32> = (0..slots).collect();
     let (mut times, mut copies) = (Vec::new(), Vec::new());
     for round in 0..1 + rounds {
         let begin = Instant::now();
-        for (piece, layer) in (0..pieces).flat_map(|piece| (0..layers).map(move |layer| (piece, layer))) {
-            let first = piece * PIECE;
-            let places: Vec<u32> = (first / CHUNK_TOKENS..(first + PIECE) / CHUNK_TOKENS).map(|chunk| chunk as u32).collect();
-            appender.append_buffer(&batch, layer, first, &rows, &places)?;
-        }
-        appender.wait()?;
+        let of_layers = (0..pieces).flat_map(|piece| (0..layers).map(move |layer| (piece * PIECE, layer)));
+        let of_layers = of_layers.map(|(first_position, layer)| {
+            let places = &places[first_position / CHUNK_TOKENS..(first_position + PIECE) / CHUNK_TOKENS];
+            BufferRows { layer, first_position, rows: &rows, places }
+        });
+        appender.append_buffers(&batch, &mut host, of_layers)?;
         let appended = begin.elapsed();
         let begin = Instant::now();
         Probe::copy_to_host(batch.stream(), &plane, &host, layers)?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
-use sluice_kernels::device::cuda::append::Appender;
+use sluice_kernels::device::cuda::append::{Appender, BufferRows};
 use sluice_kernels::device::cuda::batch::{Batch, BatchLayer, BatchShape};
 use sluice_kernels::device::cuda::buffer::{DeviceBuffer, HostAccess};
 use sluice_kernels::device::cuda::compile::Compiler;
@@ -111,29 +111,30 @@ fn check(gpu: &Gpu, compiler: &Compiler, shape: Shape, pieces: &[usize]) {
     let plan: LabelPlan = if shape.dim == 64 { "8@4+16@2" } else { "16@4+32@2" }.parse().expect("a plan");
     let mut layers: Vec<Layer> = (0..2).map(|layer| Layer::new(shape, 90 + layer)).collect();
     let coders: Vec<LabelCoder> = layers.iter_mut().map(|layer| layer.coder(&plan)).collect();
-    let Growing { batch, host, places } = growing(gpu, compiler, &layers, &coders);
+    let Growing { batch, mut host, places } = growing(gpu, compiler, &layers, &coders);
     let mut appender = Appender::new(gpu, compiler, &batch, 0).expect("an appender");
     let mut first = 0;
-    for (number, &tokens) in pieces.iter().enumerate() {
-        let end = first + tokens;
-        let buffers: Vec<DeviceBuffer<u8>> =
-            layers.iter().map(|layer| DeviceBuffer::from_slice(batch.stream(), &rows(layer, first..end)).expect("rows")).collect();
-        for (layer, buffer) in buffers.iter().enumerate() {
-            appender.append_buffer(&batch, layer, first, buffer, &places[first / 256..end.div_ceil(256)]).expect("rows that fit");
+    // Mostly the next piece follows at once, and overwrites pages that are on their way.
+    for pieces in pieces.chunks(3) {
+        let mut buffers = Vec::new();
+        for &tokens in pieces {
+            let of_layer = |layer: &Layer| DeviceBuffer::from_slice(batch.stream(), &rows(layer, first..first + tokens)).expect("rows");
+            buffers.push((first..first + tokens, layers.iter().map(of_layer).collect::<Vec<_>>()));
+            first += tokens;
         }
-        // Mostly the next piece follows at once, and overwrites pages that are on their way.
-        if number % 3 == 2 || end == shape.tokens {
-            appender.wait().expect("copies");
-            for (plane, layer) in layers.iter().enumerate() {
-                for (chunk, &place) in places.iter().enumerate() {
-                    assert!(
-                        host.page(plane, place) == expected_page(layer, chunk, end),
-                        "{shape:?}: chunk {chunk} of layer {plane} at {end}"
-                    );
-                }
+        let pieces = buffers.iter().flat_map(|(tokens, buffers)| {
+            let places = &places[tokens.start / 256..tokens.end.div_ceil(256)];
+            buffers.iter().enumerate().map(move |(layer, rows)| BufferRows { layer, first_position: tokens.start, rows, places })
+        });
+        appender.append_buffers(&batch, &mut host, pieces).expect("rows that fit");
+        for (plane, layer) in layers.iter().enumerate() {
+            for (chunk, &place) in places.iter().enumerate() {
+                assert!(
+                    host.page(plane, place) == expected_page(layer, chunk, first),
+                    "{shape:?}: chunk {chunk} of layer {plane} at {first}"
+                );
             }
         }
-        first = end;
     }
     assert_eq!(first, shape.tokens, "pieces of the whole");
     let seat = batch.seat(0).expect("a seat");
@@ -168,11 +169,12 @@ fn rows_without_room_are_refused() {
     let (gpu, compiler) = (Gpu::open(0).expect("a GPU"), Compiler::find().expect("NVRTC"));
     let mut layers = vec![Layer::new(Shape { lanes: 2, group: 2, dim: 64, tokens: 1280, row_type: RowType::F16 }, 3)];
     let coders = vec![layers[0].coder(&"8@4+16@2".parse().expect("a plan"))];
-    let Growing { batch, places, .. } = growing(&gpu, &compiler, &layers, &coders);
+    let Growing { batch, mut host, places } = growing(&gpu, &compiler, &layers, &coders);
     let mut appender = Appender::new(&gpu, &compiler, &batch, 0).expect("an appender");
     let mut refused = |first: usize, tokens: usize, places: &[u32]| {
-        let buffer = DeviceBuffer::zeroed(&gpu.context, tokens * 2 * layers[0].geometry.row_bytes()).expect("rows");
-        appender.append_buffer(&batch, 0, first, &buffer, places).expect_err("no room")
+        let buffer = DeviceBuffer::zeroed(batch.stream(), tokens * 2 * layers[0].geometry.row_bytes()).expect("rows");
+        let rows = BufferRows { layer: 0, first_position: first, rows: &buffer, places };
+        appender.append_buffers(&batch, &mut host, [rows]).expect_err("no room")
     };
     assert!(matches!(refused(1200, 100, &places[4..]), CudaError::Bound { field: "end of the rows", value: 1300, .. }));
     assert!(matches!(refused(0, 800, &places[..4]), CudaError::Bound { field: "chunks of the rows", value: 4, .. }));

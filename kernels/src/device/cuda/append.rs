@@ -13,7 +13,7 @@ use super::buffer::DeviceBuffer;
 use super::compile::Compiler;
 use super::copies::{Copied, Copies, Copy};
 use super::error::{CudaError, Doing};
-use super::host::{HostPage, HostSegment};
+use super::host::{HostPage, HostRows, HostSegment};
 use super::module::{Grid, Kernel, Module, Source, Specialisation};
 use super::open::Gpu;
 use super::seat::{Seat, bound};
@@ -42,6 +42,19 @@ pub struct DeviceRows {
     pub first_position: usize,
     /// Tokens.
     pub tokens: usize,
+}
+
+/// Rows of consecutive tokens of one layer in a buffer, `[token][lane][row_bytes]`, and where they go.
+#[derive(Clone, Copy, Debug)]
+pub struct BufferRows<'a> {
+    /// Layer of the batch.
+    pub layer: usize,
+    /// Position of the first token.
+    pub first_position: usize,
+    /// The rows.
+    pub rows: &'a DeviceBuffer<u8>,
+    /// Of the tokens' chunks on the host, `segment << 16 | slot`.
+    pub places: &'a [u32],
 }
 
 impl DeviceRows {
@@ -103,22 +116,34 @@ impl Appender {
         })
     }
 
-    /// [`Appender::append`] of rows in a buffer: `[token][lane][row_bytes]`, of the tokens from `first_position` on.
+    /// Appends rows in buffers to places of `host`, one piece after the other, and waits until they are there; nobody else has the rows of
+    /// `host` meanwhile.
     ///
     /// # Errors
-    /// As [`Appender::append`].
-    pub fn append_buffer(
+    /// As [`Appender::append`], and a failure of the device. What was appended before it is there.
+    pub fn append_buffers<'a>(
         &mut self,
         batch: &Batch,
-        layer: usize,
-        first_position: usize,
-        rows: &DeviceBuffer<u8>,
-        places: &[u32],
+        host: &mut HostRows,
+        pieces: impl IntoIterator<Item = BufferRows<'a>>,
     ) -> Result<(), CudaError> {
         let geometry = &self.seat.shape().geometry;
-        let tokens = rows.len() / (geometry.heads.lanes() * geometry.row_bytes());
-        // SAFETY: freeing a buffer waits for the device.
-        unsafe { self.append(batch, layer, &DeviceRows { address: rows.address(), first_position, tokens }, places) }
+        let token_bytes = geometry.heads.lanes() * geometry.row_bytes();
+        let is_of_host = |&place: &u32| {
+            let number = (place >> 16) as usize;
+            batch.segment(number).zip(host.segments().get(number)).is_some_and(|(known, own)| Arc::ptr_eq(known, own))
+        };
+        let appended = pieces.into_iter().try_for_each(|BufferRows { layer, first_position, rows, places }| {
+            if !places.iter().all(is_of_host) {
+                return Err(CudaError::NoHostRows);
+            }
+            let rows = DeviceRows { address: rows.address(), first_position, tokens: rows.len() / token_bytes };
+            // SAFETY: the buffers are borrowed, and the rows of the host exclusively, until everything has been waited for below.
+            unsafe { self.append(batch, layer, &rows, places) }
+        });
+        let copied = self.wait();
+        batch.wait()?;
+        copied.and(appended)
     }
 
     /// Enqueues rows of one layer: to the seat's newest pages, to their labels where a chunk becomes whole, and to the chunks' `places` on the
