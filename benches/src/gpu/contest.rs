@@ -127,7 +127,7 @@ impl<'a> Contest<'a> {
         let scene = self.scene;
         let probe = Probe::new(scene.gpu, scene.compiler)?;
         let stream = scene.gpu.new_stream()?;
-        let buffer = DeviceBuffer::<u8>::zeroed(&scene.gpu.context, READ_BYTES)?;
+        let buffer = DeviceBuffer::<u8>::zeroed(&stream, READ_BYTES)?;
         let mut timer = Timer::new(&stream);
         let mut reads = Vec::new();
         let mut copies = Vec::new();
@@ -372,7 +372,7 @@ impl<'a> Contest<'a> {
         let Some(trace) = self.trace else { return Ok(()) };
         let sequences = self.scene.host.places.len() * CHUNK_TOKENS / self.scene.context;
         let probe = Probe::new(self.scene.gpu, self.scene.compiler)?;
-        let weights = DeviceBuffer::<u8>::zeroed(&self.scene.gpu.context, WEIGHT_BYTES)?;
+        let weights = self.weights()?;
         for (denominator, pool) in [(16, 3.0), (64, 4.0)] {
             let sparse = SparsePlan { trace_rows: Some(trace.rows), ..self.sparse(denominator, pool, self.small()) };
             let mut batch = self.scene.sparse_batch(&sparse, sequences)?;
@@ -424,10 +424,18 @@ impl<'a> Contest<'a> {
         self.outcome.steps.push(token);
     }
 
+    /// As much as the weights of an 8B model in 16 bits, for any stream.
+    fn weights(&self) -> Result<DeviceBuffer<u8>> {
+        let stream = self.scene.gpu.new_stream()?;
+        let weights = DeviceBuffer::zeroed(&stream, WEIGHT_BYTES)?;
+        stream.synchronize()?;
+        Ok(weights)
+    }
+
     /// Attention and a pass over the weights of an 8B model in 16 bits, which a token needs besides.
     fn tokens(&mut self) -> Result<()> {
         let probe = Probe::new(self.scene.gpu, self.scene.compiler)?;
-        let weights = DeviceBuffer::<u8>::zeroed(&self.scene.gpu.context, WEIGHT_BYTES)?;
+        let weights = self.weights()?;
         let dense = self.scene.resident(self.scene.context)?;
         let layers = dense.layers();
         let graph = dense.capture(|| (0..layers).try_for_each(|layer| dense.enqueue_dense_layer(layer, 0..1)))?;

@@ -9,7 +9,7 @@ use rand::{Rng, SeedableRng};
 use sluice_kernels::budget::{Budget, Settings};
 use sluice_kernels::device::cuda::Gpu;
 use sluice_kernels::device::cuda::batch::{Batch, BatchLayer, BatchShape};
-use sluice_kernels::device::cuda::buffer::HostAccess;
+use sluice_kernels::device::cuda::buffer::{DeviceBuffer, HostAccess};
 use sluice_kernels::device::cuda::compile::Compiler;
 use sluice_kernels::device::cuda::host::{HostFile, HostPage, HostPart, HostRows, HostSegment};
 use sluice_kernels::device::cuda::seat::{Kept, Seat, SeatShape};
@@ -86,6 +86,7 @@ impl Hosted {
         let layer = BatchLayer { coder: &self.coder, scales: self.layer.geometry.scales.clone(), host };
         let stream = gpu.new_stream().expect("a stream");
         let mut batch = Batch::new(gpu, compiler, &stream, shape, &[layer]).expect("a batch");
+        assert_eq!(batch.own_bytes(), shape.own_bytes(1), "what is charged is what is allocated");
         batch.set_host(&self.host).expect("planes");
         batch
     }
@@ -402,4 +403,25 @@ fn the_newest_row_is_stored(gpu: &Gpu, compiler: &Compiler, shape: Shape) {
         let row = &segment.page(&plane, place)[at..at + row_bytes];
         assert!(row == &newest[lane * row_bytes..(lane + 1) * row_bytes], "lane {lane}");
     }
+}
+
+#[test]
+fn device_memory_is_zeroed_while_a_graph_is_captured() {
+    let Some((gpu, compiler)) = gpu() else { return };
+    let hosted = hosted(&gpu, Shape { lanes: 2, group: 2, dim: 64, tokens: 600, row_type: RowType::F16 }, "8@4+16@2", 11);
+    let batch = hosted.batch(&gpu, &compiler, &hosted.shape(Kept::Pool(64), 64).1);
+    let zeroed = || {
+        let stream = gpu.new_stream().expect("a stream");
+        let mut values = vec![1u32; 1 << 20];
+        for fill in [0, u32::MAX] {
+            let buffer = if fill == 0 { DeviceBuffer::zeroed(&stream, 1 << 20) } else { DeviceBuffer::filled(&stream, 1 << 20) };
+            buffer.expect("memory").read(&stream, 0, &mut values).expect("a copy");
+            assert!(values.iter().all(|&value| value == fill), "every element is {fill}");
+        }
+    };
+    let graph = batch.capture(|| {
+        std::thread::scope(|scope| scope.spawn(zeroed).join()).expect("another thread allocates");
+        batch.enqueue_layer(0, 0..1)
+    });
+    drop(graph.expect("a graph"));
 }

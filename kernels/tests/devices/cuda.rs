@@ -175,8 +175,8 @@ fn streamed(device: &mut Cuda, layer: &Layer, query: &[f32], window: Option<usiz
     let (_query, queries) = at_the_end(device, layer, query, window);
     let (modules, stream) = device.parts();
     let mut streamed = Streamed::new(modules, stream, &layer.geometry, 1).expect("kernels");
-    let output = DeviceBuffer::<f32>::zeroed(stream.context(), query.len()).expect("output");
-    let lse = DeviceBuffer::<f32>::zeroed(stream.context(), query.len() / layer.shape.dim).expect("lse");
+    let output = DeviceBuffer::<f32>::zeroed(stream, query.len()).expect("output");
+    let lse = DeviceBuffer::<f32>::zeroed(stream, query.len() / layer.shape.dim).expect("lse");
     let pages = layer.page_slices();
     // SAFETY: all buffers live until they are read, which waits for the stream.
     unsafe {
@@ -194,8 +194,8 @@ fn resident(device: &mut Cuda, layer: &Layer, query: &[f32], window: Option<usiz
     let table: Vec<u64> = pages.iter().rev().map(DeviceBuffer::address).collect();
     let table = DeviceBuffer::from_slice(stream, &table).expect("table");
     let mut many = Many::new(modules, &layer.geometry).expect("kernels");
-    let output = DeviceBuffer::<f32>::zeroed(stream.context(), query.len()).expect("output");
-    let lse = DeviceBuffer::<f32>::zeroed(stream.context(), query.len() / layer.shape.dim).expect("lse");
+    let output = DeviceBuffer::<f32>::zeroed(stream, query.len()).expect("output");
+    let lse = DeviceBuffer::<f32>::zeroed(stream, query.len() / layer.shape.dim).expect("lse");
     many.begin(stream, queries, &layer.geometry.scales).expect("begin");
     many.never_split();
     let piece = Piece { pages: table.address(), keys: 0..layer.shape.tokens, lanes: 0..layer.shape.lanes };

@@ -53,6 +53,22 @@ impl Room {
     }
 }
 
+/// What the batch of a group is to be, and the charge for it, before anything is allocated.
+fn admitted(ledger: &Arc<Ledger>, key: &GroupKey, room: Room) -> Result<(BatchShape, Charge), CudaError> {
+    let shape = BatchShape {
+        geometry: key.geometry.clone(),
+        plan: key.coders.first().map(|coder| coder.plan.clone()).ok_or(CudaError::NoHostRows)?,
+        slots: room.slots,
+        max_tokens: room.tokens,
+        max_count: room.count,
+        max_entries: room.entries,
+        gather_blocks: GATHER_BLOCKS,
+        trace_rows: None,
+    };
+    let charge = ledger.charge(DeviceBytes { workspace: shape.own_bytes(key.coders.len()), ..DeviceBytes::default() })?;
+    Ok((shape, charge))
+}
+
 /// A group and its batch.
 pub(super) struct Group {
     pub(super) key: GroupKey,
@@ -72,22 +88,11 @@ impl Group {
         key: GroupKey,
         room: Room,
     ) -> Result<Self, CudaError> {
-        let plan = key.coders.first().map(|coder| coder.plan.clone()).ok_or(CudaError::NoHostRows)?;
-        let shape = BatchShape {
-            geometry: key.geometry.clone(),
-            plan,
-            slots: room.slots,
-            max_tokens: room.tokens,
-            max_count: room.count,
-            max_entries: room.entries,
-            gather_blocks: GATHER_BLOCKS,
-            trace_rows: None,
-        };
+        let (shape, charge) = admitted(ledger, &key, room)?;
         let layers: Vec<BatchLayer<'_>> = (0..key.coders.len())
             .map(|layer| BatchLayer { coder: &key.coders[layer], scales: key.scales[layer].clone(), host: key.host[layer].clone() })
             .collect();
         let batch = Batch::new(gpu, compiler, stream, &shape, &layers)?;
-        let charge = ledger.charge(DeviceBytes { workspace: batch.own_bytes(), ..DeviceBytes::default() })?;
         Ok(Self { step: HostStep::new(gpu, batch)?, key, room, most_slots: MOST_SLOTS, _charge: charge })
     }
 
@@ -173,5 +178,45 @@ impl Group {
                 batch.leave(slot);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::heads::HeadMap;
+    use crate::label::{LabelPlan, LaneCalibration, LayerCalibration};
+    use crate::shape::RowType;
+
+    #[test]
+    fn what_a_group_takes_is_charged_before_it_is_allocated() {
+        let geometry = LayerGeometry {
+            heads: HeadMap::new(4, 2),
+            head_dim: 64,
+            row_type: RowType::F16,
+            softmax_scale: 0.125,
+            scales: LaneScales::default(),
+        };
+        let lane = LaneCalibration { order: (0..64).collect(), magnitude: vec![1.0; 64], low: vec![-1.0; 64], high: vec![1.0; 64] };
+        let coder = LabelCoder::new(&LabelPlan::small(64), &LayerCalibration { layer: 0, lanes: vec![lane; 2] });
+        let host = HostPart::whole(0, geometry.page_bytes() as u64);
+        let key = GroupKey { geometry, coders: vec![coder; 3], scales: vec![LaneScales::default(); 3], host: vec![host; 3] };
+        let room = Room { slots: 1, tokens: 4096, count: 256, entries: 1280 };
+        let (shape, charge) = admitted(&Ledger::new(u64::MAX), &key, room).expect("room");
+        let bytes = shape.own_bytes(3);
+        assert!(bytes > 3 * 32_768, "the tables of files of three layers alone");
+        drop(charge);
+        let wider = admitted(&Ledger::new(u64::MAX), &key, Room { slots: 2, ..room }).expect("room").0.own_bytes(3);
+        assert!(wider > bytes, "another slot takes more");
+
+        // No GPU is needed to be refused: nothing has been allocated.
+        let ledger = Ledger::new(bytes - 1);
+        let refused = admitted(&ledger, &key, room).map(|_| ()).expect_err("a byte is missing");
+        assert!(matches!(refused, CudaError::Budget { wanted, used: 0, .. } if wanted == bytes), "{refused}");
+        let ledger = Ledger::new(bytes);
+        let (_, charge) = admitted(&ledger, &key, room).expect("exactly enough");
+        assert_eq!(ledger.used().workspace, bytes);
+        drop(charge);
+        assert_eq!(ledger.used().total(), 0);
     }
 }

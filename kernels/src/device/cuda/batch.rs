@@ -130,6 +130,19 @@ impl BatchShape {
         self.attend_blocks() * self.geometry.heads.group() * (self.geometry.head_dim + 2)
     }
 
+    /// Device memory of a batch of so many layers beside its seats, in bytes.
+    #[must_use]
+    pub fn own_bytes(&self, layers: usize) -> u64 {
+        let (slots, lanes, heads) = (layers * self.slots, layers * self.slots * self.lanes(), self.geometry.heads.query_heads());
+        let tables = layers * MAX_SEGMENTS * size_of::<u64>()
+            + slots * size_of::<LayerPlace>()
+            + self.slots * size_of::<SequenceState>()
+            + lanes * (size_of::<[u64; 2]>() + self.geometry.row_bytes() + self.trace_rows.unwrap_or(0) * size_of::<u16>())
+            + MAX_MOVES * size_of::<BlockMove>();
+        let vectors = slots * heads * (2 * self.geometry.head_dim + 1) * size_of::<f32>();
+        Workspace::bytes_of(self) + (tables + vectors) as u64
+    }
+
     fn check(&self) -> Result<(), CudaError> {
         bound("lanes", self.lanes(), 1, MAX_LANES)?;
         bound("slots", self.slots, 1, 65_535)?;
@@ -162,21 +175,21 @@ impl Batch {
         let blocks = StepBlocks { lanes: shape.lanes(), gather: shape.gather_blocks, attend: shape.attend_blocks() };
         let mut batch = Self {
             pipeline: Pipeline::new(gpu, kernels, stream, blocks, shape.slots)?,
-            places: DeviceBuffer::zeroed(context, all)?,
+            places: DeviceBuffer::zeroed(stream, all)?,
             layers: Vec::with_capacity(layers.len()),
             jobs: Vec::new(),
             seats: vec![None; shape.slots],
             segments: Vec::new(),
             states: PinnedBuffer::zeroed(context, shape.slots)?,
-            device_states: DeviceBuffer::zeroed(context, shape.slots)?,
-            queries: DeviceBuffer::zeroed(context, values * shape.geometry.head_dim)?,
-            outputs: DeviceBuffer::zeroed(context, values * shape.geometry.head_dim)?,
-            lse: DeviceBuffer::zeroed(context, values)?,
-            new_rows: DeviceBuffer::zeroed(context, all * shape.lanes() * shape.geometry.row_bytes())?,
-            counters: DeviceBuffer::zeroed(context, all * shape.lanes())?,
-            trace: DeviceBuffer::zeroed(context, all * shape.lanes() * shape.trace_rows.unwrap_or(0))?,
+            device_states: DeviceBuffer::zeroed(stream, shape.slots)?,
+            queries: DeviceBuffer::zeroed(stream, values * shape.geometry.head_dim)?,
+            outputs: DeviceBuffer::zeroed(stream, values * shape.geometry.head_dim)?,
+            lse: DeviceBuffer::zeroed(stream, values)?,
+            new_rows: DeviceBuffer::zeroed(stream, all * shape.lanes() * shape.geometry.row_bytes())?,
+            counters: DeviceBuffer::zeroed(stream, all * shape.lanes())?,
+            trace: DeviceBuffer::zeroed(stream, all * shape.lanes() * shape.trace_rows.unwrap_or(0))?,
             moves: DeviceBuffer::uninitialised(context, MAX_MOVES)?,
-            workspace: Workspace::new(gpu, shape)?,
+            workspace: Workspace::new(stream, shape)?,
             shape: BatchShape { geometry: shape.geometry.unscaled(), ..shape.clone() },
             stream: Arc::clone(stream),
         };
@@ -261,7 +274,7 @@ impl Batch {
         bytes
     }
 
-    /// Device memory of the batch beside its seats, in bytes.
+    /// Device memory of the batch beside its seats, in bytes: [`BatchShape::own_bytes`].
     #[must_use]
     pub fn own_bytes(&self) -> u64 {
         let of_layers: usize = self.layers.iter().map(|layer| layer.planes.bytes()).sum();
@@ -644,7 +657,7 @@ impl Layer {
     ) -> Result<Self, CudaError> {
         let geometry = LayerGeometry { scales: layer.scales.clone(), ..shape.geometry.clone() };
         Ok(Self {
-            planes: DeviceBuffer::zeroed(&gpu.context, MAX_SEGMENTS)?,
+            planes: DeviceBuffer::zeroed(stream, MAX_SEGMENTS)?,
             labeller: Labeller::new(gpu, compiler, stream, &geometry, layer.coder)?,
             host: layer.host.clone(),
         })

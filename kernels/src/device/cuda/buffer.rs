@@ -29,30 +29,24 @@ pub struct DeviceBuffer<T> {
 }
 
 impl<T: Pod> DeviceBuffer<T> {
-    /// `len` zeros.
+    /// `len` zeros, for whatever `stream` does from here on, and for other streams that it is joined to. (The driver's default stream would
+    /// order them for all, but cannot be used, nor the device be waited for, while any thread captures a graph.)
     ///
     /// # Errors
     /// Memory that the device does not have.
-    pub fn zeroed(context: &Arc<CudaContext>, len: usize) -> Result<Self, CudaError> {
-        Self::of_bytes(context, len, 0)
+    pub fn zeroed(stream: &CudaStream, len: usize) -> Result<Self, CudaError> {
+        let buffer = Self::uninitialised(stream.context(), len)?;
+        buffer.clear(stream, 0..len)?;
+        Ok(buffer)
     }
 
-    /// `len` elements of which every bit is one.
+    /// `len` elements of which every bit is one, as [`DeviceBuffer::zeroed`].
     ///
     /// # Errors
     /// Memory that the device does not have.
-    pub fn filled(context: &Arc<CudaContext>, len: usize) -> Result<Self, CudaError> {
-        Self::of_bytes(context, len, 0xFF)
-    }
-
-    fn of_bytes(context: &Arc<CudaContext>, len: usize, byte: u8) -> Result<Self, CudaError> {
-        let buffer = Self::uninitialised(context, len)?;
-        if len > 0 {
-            // SAFETY: the buffer has this many bytes and no one else knows its address.
-            unsafe { sys::cuMemsetD8_v2(buffer.address, byte, buffer.bytes()) }.result().doing("setting device memory")?;
-            // The memset may run on after the call, on a stream that others do not wait for.
-            context.synchronize().doing("setting device memory")?;
-        }
+    pub fn filled(stream: &CudaStream, len: usize) -> Result<Self, CudaError> {
+        let buffer = Self::uninitialised(stream.context(), len)?;
+        buffer.fill(stream, 0..len)?;
         Ok(buffer)
     }
 

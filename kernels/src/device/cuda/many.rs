@@ -198,6 +198,7 @@ pub struct Many {
     state: Carry,
     partial: Carry,
     queries: Option<Queries>,
+    /// Written by [`Many::begin`], where rows are scaled.
     scales: DeviceBuffer<RowScale>,
 }
 
@@ -220,7 +221,7 @@ impl Many {
             state: Carry::new(gpu)?,
             partial: Carry::new(gpu)?,
             queries: None,
-            scales: DeviceBuffer::zeroed(&gpu.context, geometry.heads.lanes())?,
+            scales: DeviceBuffer::uninitialised(&gpu.context, geometry.heads.lanes())?,
         })
     }
 

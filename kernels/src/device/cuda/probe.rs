@@ -41,7 +41,7 @@ impl Probe {
         let rows = Specialisation { head_dim: 64, row_type: RowType::F16, group: 1, plan: None, replays_trace: false };
         let module = Module::load(gpu, compiler, Source::Probe, &rows)?;
         let read = module.kernel("read_all", 0)?;
-        Ok(Self { read, sink: DeviceBuffer::zeroed(&gpu.context, 1)?, processors: gpu.processors as usize })
+        Ok(Self { read, sink: DeviceBuffer::uninitialised(&gpu.context, 1)?, processors: gpu.processors as usize })
     }
 
     /// Enqueues a read of every byte of device memory at `address`.

@@ -34,8 +34,8 @@ impl Prompt {
         Ok(Self {
             stream: Arc::clone(stream),
             queries: DeviceBuffer::from_slice(stream, queries)?,
-            output: DeviceBuffer::zeroed(stream.context(), queries.len())?,
-            lse: DeviceBuffer::zeroed(stream.context(), heads)?,
+            output: DeviceBuffer::zeroed(stream, queries.len())?,
+            lse: DeviceBuffer::zeroed(stream, heads)?,
             count: heads / geometry.heads.query_heads(),
             first_position,
         })

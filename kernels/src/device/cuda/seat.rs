@@ -171,11 +171,10 @@ struct SeatLayer {
 }
 
 impl SeatLayer {
-    fn new(gpu: &Gpu, shape: &SeatShape) -> Result<Self, CudaError> {
-        let context = &gpu.context;
+    fn new(stream: &CudaStream, shape: &SeatShape) -> Result<Self, CudaError> {
         Ok(Self {
-            tail: DeviceBuffer::zeroed(context, shape.tail_chunks * shape.geometry.page_bytes())?,
-            map: DeviceBuffer::filled(context, shape.map_rows())?,
+            tail: DeviceBuffer::zeroed(stream, shape.tail_chunks * shape.geometry.page_bytes())?,
+            map: DeviceBuffer::filled(stream, shape.map_rows())?,
         })
     }
 }
@@ -218,9 +217,9 @@ impl Seat {
         Ok(Self {
             shape: shape.clone(),
             hot: HotStore::new(gpu, stream, shape)?,
-            layers: (0..shape.layers).map(|_| SeatLayer::new(gpu, shape)).collect::<Result<_, _>>()?,
-            host_places: DeviceBuffer::zeroed(&gpu.context, shape.chunks())?,
-            label_places: DeviceBuffer::zeroed(&gpu.context, shape.chunks())?,
+            layers: (0..shape.layers).map(|_| SeatLayer::new(stream, shape)).collect::<Result<_, _>>()?,
+            host_places: DeviceBuffer::zeroed(stream, shape.chunks())?,
+            label_places: DeviceBuffer::zeroed(stream, shape.chunks())?,
             label_layer_bytes: slab.layer_bytes(),
             label_pages: Mutex::default(),
         })

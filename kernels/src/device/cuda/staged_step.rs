@@ -55,15 +55,15 @@ pub(super) fn score(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Score
     let label_slots =
         DeviceBuffer::from_slice(stream, &(0..chunks).map(|chunk| labels.address_of(chunk * page_bytes)).collect::<Vec<u64>>())?;
     let query = DeviceBuffer::from_slice(stream, job.query)?;
-    let label_lse = DeviceBuffer::<f32>::zeroed(context, lanes * group * SAMPLE_SUMS * 2)?;
-    let room = DeviceBuffer::<u16>::zeroed(context, keys.len())?;
-    let histogram = DeviceBuffer::<u32>::zeroed(context, lanes * BINS)?;
-    let victim_bins = DeviceBuffer::<u32>::zeroed(context, lanes * BINS)?;
-    let victim_counts = DeviceBuffer::<VictimCounts>::zeroed(context, lanes)?;
-    let arrivals = DeviceBuffer::<Arrivals>::zeroed(context, lanes)?;
+    let label_lse = DeviceBuffer::<f32>::zeroed(stream, lanes * group * SAMPLE_SUMS * 2)?;
+    let room = DeviceBuffer::<u16>::zeroed(stream, keys.len())?;
+    let histogram = DeviceBuffer::<u32>::zeroed(stream, lanes * BINS)?;
+    let victim_bins = DeviceBuffer::<u32>::zeroed(stream, lanes * BINS)?;
+    let victim_counts = DeviceBuffer::<VictimCounts>::zeroed(stream, lanes)?;
+    let arrivals = DeviceBuffer::<Arrivals>::zeroed(stream, lanes)?;
     // A step begins by appending the newest row, which nobody reads here.
-    let new_rows = DeviceBuffer::<u8>::zeroed(context, lanes * geometry.row_bytes())?;
-    let tail = DeviceBuffer::<u8>::zeroed(context, geometry.page_bytes())?;
+    let new_rows = DeviceBuffer::<u8>::zeroed(stream, lanes * geometry.row_bytes())?;
+    let tail = DeviceBuffer::<u8>::zeroed(stream, geometry.page_bytes())?;
     let state = SequenceState {
         label_slots: label_slots.address(),
         length: (chunks * CHUNK_TOKENS) as u32,
@@ -110,17 +110,16 @@ pub(super) fn select(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Sele
     // Selection reads no rows, but every source is compiled for a shape of them.
     let shape = Specialisation { head_dim: 64, row_type: RowType::F16, group: 1, plan: None, replays_trace: false };
     let module = modules.get(Source::Select, &shape)?;
-    let context = stream.context();
     // Rows that fill up the last chunk have the lowest key and the highest positions, so they are never selected.
     let padded = rows.next_multiple_of(CHUNK_TOKENS);
-    let room = DeviceBuffer::<u16>::zeroed(context, lanes * padded)?;
+    let room = DeviceBuffer::<u16>::zeroed(stream, lanes * padded)?;
     for (lane, keys) in keys.chunks_exact(rows).enumerate() {
         room.write(stream, lane * padded, keys)?;
     }
-    let histogram = DeviceBuffer::<u32>::zeroed(context, lanes * BINS)?;
-    let above = DeviceBuffer::<u32>::zeroed(context, lanes * PARTS * ABOVE_WORDS)?;
-    let list = DeviceBuffer::<u32>::zeroed(context, lanes * count)?;
-    let arrivals = DeviceBuffer::<Arrivals>::zeroed(context, lanes)?;
+    let histogram = DeviceBuffer::<u32>::zeroed(stream, lanes * BINS)?;
+    let above = DeviceBuffer::<u32>::zeroed(stream, lanes * PARTS * ABOVE_WORDS)?;
+    let list = DeviceBuffer::<u32>::zeroed(stream, lanes * count)?;
+    let arrivals = DeviceBuffer::<Arrivals>::zeroed(stream, lanes)?;
     let state = SequenceState {
         length: padded as u32,
         chunks: (padded / CHUNK_TOKENS) as u32,
@@ -218,19 +217,18 @@ pub(super) fn attend(
     }
     let specialisation = Specialisation::rows(geometry);
     let module = modules.get(Source::Attend, &specialisation)?;
-    let context = stream.context();
     let (hot, tail) = (DeviceBuffer::from_slice(stream, &rows.listed)?, DeviceBuffer::from_slice(stream, &rows.tail)?);
     let places: Vec<u32> = (0..(lanes * rows.listed_per_lane) as u32).collect();
     let places = DeviceBuffer::from_slice(stream, &places)?;
     let query = DeviceBuffer::from_slice(stream, job.query)?;
     let scales = DeviceBuffer::from_slice(stream, &geometry.lane_scales())?;
-    let (outputs, sums) = (DeviceBuffer::<f32>::zeroed(context, output.len())?, DeviceBuffer::<f32>::zeroed(context, lse.len())?);
+    let (outputs, sums) = (DeviceBuffer::<f32>::zeroed(stream, output.len())?, DeviceBuffer::<f32>::zeroed(stream, lse.len())?);
     let block_rows = BatchShape::block_rows(rows.entries(), lanes);
     let blocks = rows.entries().div_ceil(block_rows);
-    let partials = DeviceBuffer::<f32>::zeroed(context, lanes * blocks * group * (dim + 2))?;
-    let arrivals = DeviceBuffer::<Arrivals>::zeroed(context, lanes)?;
+    let partials = DeviceBuffer::<f32>::zeroed(stream, lanes * blocks * group * (dim + 2))?;
+    let arrivals = DeviceBuffer::<Arrivals>::zeroed(stream, lanes)?;
     // Only whether there is a map matters here: without one, hot places would be positions.
-    let map = DeviceBuffer::<u16>::zeroed(context, 1)?;
+    let map = DeviceBuffer::<u16>::zeroed(stream, 1)?;
     let state = SequenceState {
         length: rows.exact_to as u32,
         chunks: (rows.horizon / CHUNK_TOKENS) as u32,

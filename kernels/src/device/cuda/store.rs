@@ -88,7 +88,7 @@ impl HotStore {
         lists.chunks_exact_mut(most_blocks.max(1)).zip(&held).for_each(|(list, held)| list[..held.len()].copy_from_slice(held));
         Ok(Self {
             rows,
-            owner: DeviceBuffer::filled(context, if lanes > 0 { shape.places() } else { 0 })?,
+            owner: DeviceBuffer::filled(stream, if lanes > 0 { shape.places() } else { 0 })?,
             blocks: DeviceBuffer::from_slice(stream, &lists)?,
             pools: DeviceBuffer::from_slice(stream, &vec![shape.pool() as u32; lanes])?,
             held: Mutex::new(held),

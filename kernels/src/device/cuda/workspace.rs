@@ -1,10 +1,11 @@
 //! What the kernels of a layer leave for each other, shared by all layers of a batch.
 
+use cudarc::driver::CudaStream;
+
 use super::batch::BatchShape;
 use super::buffer::DeviceBuffer;
 use super::error::CudaError;
 use super::jobs::{ABOVE_WORDS, Arrivals, BINS, Miss, PARTS, PartCounts, SAMPLE_SUMS, Victim, VictimCounts};
-use super::open::Gpu;
 
 /// Working room that layers share, `[slot]` first.
 pub(super) struct Workspace {
@@ -24,25 +25,35 @@ pub(super) struct Workspace {
 }
 
 impl Workspace {
-    pub(super) fn new(gpu: &Gpu, shape: &BatchShape) -> Result<Self, CudaError> {
-        let context = &gpu.context;
+    pub(super) fn new(stream: &CudaStream, shape: &BatchShape) -> Result<Self, CudaError> {
         let (lanes, group) = (shape.slots * shape.lanes(), shape.geometry.heads.group());
         let listed = lanes * shape.max_count;
         Ok(Self {
-            label_lse: DeviceBuffer::zeroed(context, lanes * group * SAMPLE_SUMS * 2)?,
-            keys: DeviceBuffer::zeroed(context, lanes * shape.max_tokens)?,
-            histogram: DeviceBuffer::zeroed(context, lanes * BINS)?,
-            above: DeviceBuffer::zeroed(context, lanes * PARTS * ABOVE_WORDS)?,
-            positions: DeviceBuffer::zeroed(context, listed)?,
-            hot_places: DeviceBuffer::zeroed(context, listed)?,
-            misses: DeviceBuffer::zeroed(context, listed)?,
-            part_counts: DeviceBuffer::zeroed(context, lanes * PARTS)?,
-            victim_bins: DeviceBuffer::zeroed(context, lanes * BINS)?,
-            victims: DeviceBuffer::zeroed(context, listed)?,
-            victim_counts: DeviceBuffer::zeroed(context, lanes)?,
-            partials: DeviceBuffer::zeroed(context, lanes * shape.lane_partials())?,
-            arrivals: DeviceBuffer::zeroed(context, lanes)?,
+            label_lse: DeviceBuffer::zeroed(stream, lanes * group * SAMPLE_SUMS * 2)?,
+            keys: DeviceBuffer::zeroed(stream, lanes * shape.max_tokens)?,
+            histogram: DeviceBuffer::zeroed(stream, lanes * BINS)?,
+            above: DeviceBuffer::zeroed(stream, lanes * PARTS * ABOVE_WORDS)?,
+            positions: DeviceBuffer::zeroed(stream, listed)?,
+            hot_places: DeviceBuffer::zeroed(stream, listed)?,
+            misses: DeviceBuffer::zeroed(stream, listed)?,
+            part_counts: DeviceBuffer::zeroed(stream, lanes * PARTS)?,
+            victim_bins: DeviceBuffer::zeroed(stream, lanes * BINS)?,
+            victims: DeviceBuffer::zeroed(stream, listed)?,
+            victim_counts: DeviceBuffer::zeroed(stream, lanes)?,
+            partials: DeviceBuffer::zeroed(stream, lanes * shape.lane_partials())?,
+            arrivals: DeviceBuffer::zeroed(stream, lanes)?,
         })
+    }
+
+    /// Bytes of the room for batches of a shape.
+    pub(super) fn bytes_of(shape: &BatchShape) -> u64 {
+        let of_lane = (SAMPLE_SUMS * 2 * shape.geometry.heads.group() + 2 * BINS + PARTS * ABOVE_WORDS + shape.lane_partials()) * 4
+            + shape.max_tokens * size_of::<u16>()
+            + shape.max_count * (2 * size_of::<u32>() + size_of::<Miss>() + size_of::<Victim>())
+            + PARTS * size_of::<PartCounts>()
+            + size_of::<VictimCounts>()
+            + size_of::<Arrivals>();
+        (shape.slots * shape.lanes() * of_lane) as u64
     }
 
     pub(super) fn bytes(&self) -> u64 {
