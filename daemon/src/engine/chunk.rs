@@ -6,6 +6,7 @@ use std::collections::HashMap;
 
 use sluice_kernels::slot::SlotId;
 
+use crate::engine::ends::{EndUse, Ends};
 use crate::engine::idle::{IdleChunks, Idleness};
 use crate::engine::name::Name;
 use crate::journal::ChunkRecord;
@@ -40,6 +41,10 @@ impl Chunk {
         (self.holders == 0).then_some(Idleness { is_leaf: self.children == 0, last_used: self.last_used })
     }
 
+    fn end_use(&self) -> Option<EndUse> {
+        self.record.reusable_end.then_some(EndUse { is_held: self.holders > 0, last_used: self.last_used })
+    }
+
     /// Whether an Open may find it.
     #[must_use]
     pub fn is_shareable(&self) -> bool {
@@ -53,6 +58,7 @@ pub struct ChunkStore {
     chunks: HashMap<u64, Chunk>,
     names: HashMap<(u64, Name), u64>,
     idle: IdleChunks,
+    ends: Ends,
     now: u64,
     held: usize,
 }
@@ -78,15 +84,17 @@ impl ChunkStore {
         self.now += 1;
         let chunk = Chunk { record, holders: 0, children: 0, window_needs: 0, verified, quarantined: false, last_used: self.now };
         self.idle.change(record.model, record.id, None, chunk.idleness());
+        self.ends.change(record.model, record.id, None, chunk.end_use());
         self.chunks.insert(record.id, chunk);
     }
 
-    /// Changes what the index of idle chunks depends on.
+    /// Changes what the indices of idle chunks and of reusable ends depend on.
     fn change<T>(&mut self, id: u64, change: impl FnOnce(&mut Chunk) -> T) -> Option<T> {
         let chunk = self.chunks.get_mut(&id)?;
-        let before = chunk.idleness();
+        let (idleness, end_use) = (chunk.idleness(), chunk.end_use());
         let result = change(chunk);
-        self.idle.change(chunk.record.model, id, before, chunk.idleness());
+        self.idle.change(chunk.record.model, id, idleness, chunk.idleness());
+        self.ends.change(chunk.record.model, id, end_use, chunk.end_use());
         Some(result)
     }
 
@@ -213,8 +221,20 @@ impl ChunkStore {
     /// The reusable end of a model that was used least recently, unheld ones first.
     #[must_use]
     pub fn least_recent_end(&self, model: u64) -> Option<u64> {
-        let ends = self.chunks.values().filter(|chunk| chunk.record.model == model && chunk.record.reusable_end);
-        ends.min_by_key(|chunk| (chunk.holders > 0, chunk.last_used)).map(|chunk| chunk.record.id)
+        self.ends.first(model)
+    }
+
+    /// Every reusable end, in no order.
+    pub fn ends(&self) -> impl Iterator<Item = u64> {
+        self.ends.iter()
+    }
+
+    /// Marks a chunk as a reusable end, or takes the mark away; answers with what to journal.
+    pub fn set_end(&mut self, id: u64, reusable_end: bool) -> Option<ChunkRecord> {
+        self.change(id, |chunk| {
+            chunk.record.reusable_end = reusable_end;
+            chunk.record
+        })
     }
 
     /// Removes every chunk of a model, whoever holds it; answers with their ids.
@@ -227,6 +247,7 @@ impl ChunkStore {
         }
         self.names.retain(|&(of, _), _| of != model);
         self.idle.forget_model(model);
+        self.ends.forget_model(model);
         ids
     }
 
@@ -237,6 +258,7 @@ impl ChunkStore {
         let chunk = self.chunks.remove(&id)?;
         let record = chunk.record;
         self.idle.change(record.model, id, chunk.idleness(), None);
+        self.ends.change(record.model, id, chunk.end_use(), None);
         if let Some(name) = record.name
             && self.names.get(&(record.model, name)) == Some(&id)
         {
@@ -267,9 +289,14 @@ mod tests {
         leaves.min_by_key(|chunk| chunk.last_used).map(|chunk| chunk.record.id)
     }
 
+    fn scanned_end(store: &ChunkStore, model: u64) -> Option<u64> {
+        let ends = store.iter().filter(|chunk| chunk.record.model == model && chunk.record.reusable_end);
+        ends.min_by_key(|chunk| (chunk.holders > 0, chunk.last_used)).map(|chunk| chunk.record.id)
+    }
+
     proptest! {
         #[test]
-        fn idle_chunks_are_those_that_a_scan_finds(steps in prop::collection::vec((0u8..6, any::<prop::sample::Index>()), 1..200)) {
+        fn idle_chunks_and_ends_are_those_that_a_scan_finds(steps in prop::collection::vec((0u8..8, any::<prop::sample::Index>()), 1..200)) {
             let mut store = ChunkStore::default();
             for (id, (step, pick)) in steps.into_iter().enumerate() {
                 let id = id as u64;
@@ -279,7 +306,7 @@ mod tests {
                 let chunk = picked.and_then(|id| store.get(id));
                 let (model, held) = (chunk.map_or(id % 2, |chunk| chunk.record.model), chunk.is_some_and(Chunk::is_held));
                 match (step, picked) {
-                    (0, parent) => store.add(record(id, model, parent), true),
+                    (0, parent) => store.add(ChunkRecord { reusable_end: id.is_multiple_of(3), ..record(id, model, parent) }, true),
                     (1, _) => store.add(record(id, id % 2, None), true),
                     (2, Some(picked)) => store.hold(picked),
                     (3, Some(picked)) if held => {
@@ -295,9 +322,19 @@ mod tests {
                             store.remove_model(id % 2);
                         }
                     }
+                    (6 | 7, Some(picked)) => {
+                        let marked = store.set_end(picked, step == 6).expect("a chunk of the store");
+                        prop_assert_eq!((marked.id, marked.reusable_end), (picked, step == 6));
+                    }
                     _ => {}
                 }
+                let mut ends: Vec<u64> = store.ends().collect();
+                ends.sort_unstable();
+                let mut scanned: Vec<u64> = store.iter().filter(|chunk| chunk.record.reusable_end).map(|chunk| chunk.record.id).collect();
+                scanned.sort_unstable();
+                prop_assert_eq!(ends, scanned);
                 for model in 0..2 {
+                    prop_assert_eq!(store.least_recent_end(model), scanned_end(&store, model));
                     prop_assert_eq!(store.least_recent_leaf(model), scanned_leaf(&store, model));
                     let idle = store.iter().filter(|chunk| chunk.record.model == model && !chunk.is_held()).count();
                     prop_assert_eq!(store.idle(model), idle);

@@ -12,6 +12,7 @@ pub mod config;
 mod copy;
 pub mod counters;
 mod direct;
+mod ends;
 pub mod error;
 pub mod handle;
 mod idle;

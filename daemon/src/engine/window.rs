@@ -82,15 +82,12 @@ impl Engine {
     }
 
     fn set_end(&mut self, id: u64, reusable_end: bool) {
-        if let Some(chunk) = self.chunks.get_mut(id) {
-            chunk.record.reusable_end = reusable_end;
-            self.edits.push(Edit::Chunk(chunk.record));
-        }
+        self.edits.extend(self.chunks.set_end(id, reusable_end).map(Edit::Chunk));
     }
 
     /// Counts the needs of reusable ends after a restart.
     pub(crate) fn recount_ends(&mut self) {
-        let ends: Vec<u64> = self.chunks.iter().filter(|chunk| chunk.record.reusable_end).map(|chunk| chunk.record.id).collect();
+        let ends: Vec<u64> = self.chunks.ends().collect();
         for end in ends {
             for id in self.window_of_end(end) {
                 self.need_window(id);
