@@ -476,7 +476,7 @@ constexpr u32 AT_LEAST = HEAD_DIM <= 128 && GROUP <= 8 ? 16 / WARPS : 1;
 
 extern "C" __global__ void __launch_bounds__(THREADS, AT_LEAST) attend(const StepJob job) {
     __shared__ MergeRoom room;
-    const u32 lane = blockIdx.y, slot = blockIdx.z;
+    const u32 lane = job.first_lane + blockIdx.y, slot = blockIdx.z;
     const u64 own_lane = slot * job.lanes + lane;
     const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
     const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];

@@ -238,6 +238,8 @@ impl Batch {
             counters: self.counters.address_of(at * lanes),
             trace: if trace_rows > 0 { self.trace.address_of(at * lanes * trace_rows) } else { 0 },
             lanes: lanes as u32,
+            first_lane: 0,
+            lane_count: lanes as u32,
             max_rows: shape.max_tokens as u32,
             max_count: shape.max_count as u32,
             max_blocks: shape.attend_blocks() as u32,

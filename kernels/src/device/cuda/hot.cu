@@ -28,7 +28,7 @@ struct Fetch {
 };
 
 struct GatherRoom {
-    u32 first[PARTS][MAX_LANES];   // index in the lane's list of the part's first row
+    u32 first[PARTS][MAX_LANES];   // by lane of the launch: index in the lane's list of the part's first row
     u32 missed[PARTS][MAX_LANES];
     u32 before[PARTS][MAX_LANES];  // rows that the lane misses in earlier parts
     u32 items[PARTS + 1];          // lanes x the most that any lane misses, summed over earlier parts
@@ -45,9 +45,9 @@ __device__ __forceinline__ u32 warp_prefix(u32 x) {
 
 __device__ __forceinline__ void set_room(const StepJob& job, u32 slot, GatherRoom& room) {
     static_assert(PARTS == 32, "a warp has a thread for each part");
-    const PartCounts* parts = reinterpret_cast<const PartCounts*>(job.part_counts) + (u64)slot * job.lanes * PARTS;
+    const PartCounts* parts = reinterpret_cast<const PartCounts*>(job.part_counts) + ((u64)slot * job.lanes + job.first_lane) * PARTS;
     const u32 part = threadIdx.x % 32;
-    for (u32 lane = threadIdx.x / 32; lane < job.lanes; lane += GATHER_WARPS) {
+    for (u32 lane = threadIdx.x / 32; lane < job.lane_count; lane += GATHER_WARPS) {
         const PartCounts counts = parts[lane * PARTS + part];
         room.first[part][lane] = counts.first;
         room.missed[part][lane] = counts.missed;
@@ -56,8 +56,8 @@ __device__ __forceinline__ void set_room(const StepJob& job, u32 slot, GatherRoo
     __syncthreads();
     if (threadIdx.x < 32) {
         u32 most = 0;
-        for (u32 lane = 0; lane < job.lanes; lane++) most = max(most, room.missed[part][lane]);
-        room.items[part + 1] = warp_prefix(most * job.lanes);
+        for (u32 lane = 0; lane < job.lane_count; lane++) most = max(most, room.missed[part][lane]);
+        room.items[part + 1] = warp_prefix(most * job.lane_count);
         if (part == 0) room.items[0] = 0;
     }
     __syncthreads();
@@ -70,11 +70,12 @@ __device__ __forceinline__ Fetch take_item(const StepJob& job, u32 slot, const L
     u32 part = 0;
 #pragma unroll
     for (u32 step = PARTS / 2; step > 0; step /= 2) part += room.items[part + step] <= item ? step : 0;
-    const u32 lane = (item - room.items[part]) % job.lanes, rank = (item - room.items[part]) / job.lanes;
-    if (rank >= room.missed[part][lane]) return {0, 0};
+    const u32 of_launch = (item - room.items[part]) % job.lane_count, rank = (item - room.items[part]) / job.lane_count;
+    if (rank >= room.missed[part][of_launch]) return {0, 0};
+    const u32 lane = job.first_lane + of_launch;
     const u64 own_lane = slot * job.lanes + lane, list = own_lane * job.max_count;
-    const Miss miss = reinterpret_cast<const Miss*>(job.misses)[list + room.first[part][lane] + rank];
-    const Victim victim = reinterpret_cast<const Victim*>(job.victims)[list + room.before[part][lane] + rank];
+    const Miss miss = reinterpret_cast<const Miss*>(job.misses)[list + room.first[part][of_launch] + rank];
+    const Victim victim = reinterpret_cast<const Victim*>(job.victims)[list + room.before[part][of_launch] + rank];
     u16* map = reinterpret_cast<u16*>(place.map) + (u64)lane * place.max_rows;
     if (victim.row != NOBODY) map[victim.row] = (u16)COLD;
     map[miss.row] = (u16)victim.place;
@@ -119,8 +120,8 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS, 3) gather(const Ste
     for (u32 slot = 0; slot < job.slots; slot++) {
         const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
         if (sequence.length == 0 || sequence.count == 0) continue;
-        const VictimCounts* counts = reinterpret_cast<const VictimCounts*>(job.victim_counts) + (u64)slot * job.lanes;
-        if (!__syncthreads_or(threadIdx.x < job.lanes && counts[threadIdx.x].missed)) continue;
+        const VictimCounts* counts = reinterpret_cast<const VictimCounts*>(job.victim_counts) + (u64)slot * job.lanes + job.first_lane;
+        if (!__syncthreads_or(threadIdx.x < job.lane_count && counts[threadIdx.x].missed)) continue;
         set_room(job, slot, room);
         const u32 items = room.items[PARTS];
         const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];

@@ -193,6 +193,10 @@ pub struct StepJob {
     pub trace: u64,
     /// Lanes.
     pub lanes: u32,
+    /// First lane that a launch is for.
+    pub first_lane: u32,
+    /// Lanes that a launch is for.
+    pub lane_count: u32,
     /// Rows a lane has room for: a multiple of 256.
     pub max_rows: u32,
     /// Selected rows a lane has room for.

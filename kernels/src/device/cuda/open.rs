@@ -97,16 +97,6 @@ impl Gpu {
         self.context.new_stream().doing("making a stream")
     }
 
-    /// A stream whose kernels start before waiting ones of other streams.
-    ///
-    /// # Errors
-    /// A stream that the driver refuses.
-    pub fn new_urgent_stream(&self) -> Result<Arc<CudaStream>, CudaError> {
-        self.context.bind_to_thread().doing("entering the context")?;
-        let (_, most_urgent) = result::stream::get_priority_range().doing("asking for priorities")?;
-        self.context.new_stream_with_priority(most_urgent).doing("making a stream")
-    }
-
     /// Opens device `ordinal` of those that the driver shows.
     ///
     /// # Errors

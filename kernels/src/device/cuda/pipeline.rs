@@ -1,18 +1,20 @@
 //! One layer of a step over several sequences: while the misses of one cross the link, the next ones are scored and select, and those before
 //! are attended.
 //!
-//! Kernels whose blocks wait for each other (score, select) follow one another on one stream, so that no two of them can hold each other's
-//! places; the gathers have a stream, whose blocks are the first to get places, and attention has one. Each sequence has launches of its own,
-//! and no result depends on a grid, so its bits are those it has alone.
+//! A layer is taken in parts, each a sequence or some of its lanes, with launches of its own on a stream of its own. No result depends on a
+//! grid, so a sequence has the bits that it has alone. Parts are scored one after the other, because the link waits for the first of them;
+//! from there on each goes its own way. The link is idle until the first part has selected, and after the last one has been fetched, so the
+//! first and the last sequence are two parts each.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaEvent, CudaStream};
 
 use super::error::{CudaError, Doing};
-use super::jobs::StepJob;
+use super::jobs::{PARTS, StepJob};
 use super::open::Gpu;
-use super::step::{StepGrid, StepKernels, score_blocks_of_lane};
+use super::step::{MOST_SCORE_BLOCKS, StepGrid, StepKernels, score_blocks_of_lane};
 
 /// Blocks of a layer's launches.
 #[derive(Clone, Copy, Debug)]
@@ -23,22 +25,40 @@ pub(super) struct StepBlocks {
     pub(super) attend: usize,
 }
 
-/// Streams, and the events that join them.
+/// Lanes of a sequence that go through a layer together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Part {
+    slot: usize,
+    lanes: Range<usize>,
+}
+
+/// Kernels, streams, and the events that join them.
 pub(super) struct Pipeline {
     kernels: StepKernels,
     /// The same for launches that several others come before.
     apart: StepKernels,
-    /// Where nothing else runs.
-    alone: StepGrid,
-    /// Beside the gather of another sequence: one block of the score kernel a processor, so that both have room.
-    beside: StepGrid,
-    stream: Arc<CudaStream>,
-    gathers: Arc<CudaStream>,
-    attends: Arc<CudaStream>,
-    /// By slot.
-    selected: Vec<CudaEvent>,
-    gathered: Vec<CudaEvent>,
-    attended: CudaEvent,
+    blocks: StepBlocks,
+    /// Blocks of the score kernel where nothing else runs, and beside other parts: there one a processor, so that both have room.
+    score_alone: usize,
+    score_beside: usize,
+    /// The parts of a layer take turns on these. The batch's own stream is the first.
+    streams: Vec<Arc<CudaStream>>,
+    /// By part.
+    scored: Vec<CudaEvent>,
+    attended: Vec<CudaEvent>,
+}
+
+/// Parts of a layer of `slots` sequences with `lanes` lanes each.
+fn parts_of(slots: usize, lanes: usize) -> Vec<Part> {
+    let first_half = |slot| if slot == 0 || slot + 1 == slots { lanes / 2 } else { 0 };
+    let halves = |slot| [0..first_half(slot), first_half(slot)..lanes].map(|lanes| Part { slot, lanes });
+    (0..slots).flat_map(halves).filter(|part| !part.lanes.is_empty()).collect()
+}
+
+/// Streams that may run at once where `places` blocks of the score and select kernels do. Blocks of a lane wait for each other in these
+/// kernels, and start in grid order: as long as not every kernel can be short of a place for its first unfinished lane, one of them goes on.
+fn streams_at_once(places: usize) -> usize {
+    1 + places.saturating_sub(MOST_SCORE_BLOCKS) / PARTS
 }
 
 impl Pipeline {
@@ -49,26 +69,37 @@ impl Pipeline {
         blocks: StepBlocks,
         slots: usize,
     ) -> Result<Self, CudaError> {
-        let grid = |score: usize| StepGrid {
-            lanes: blocks.lanes,
-            score_blocks: score_blocks_of_lane(score, blocks.lanes),
-            gather_blocks: blocks.gather,
-            attend_blocks: blocks.attend,
-        };
+        let parts = parts_of(slots, blocks.lanes).len();
         let event = || gpu.context.new_event(None).doing("making an event");
-        let events = || (0..slots).map(|_| event()).collect::<Result<Vec<_>, _>>();
+        let events = || (0..parts).map(|_| event()).collect::<Result<Vec<_>, _>>();
+        let mut streams = vec![Arc::clone(stream)];
+        for _ in 1..parts.min(streams_at_once(kernels.places())) {
+            streams.push(gpu.new_stream()?);
+        }
         Ok(Self {
-            alone: grid(kernels.score_blocks()),
-            beside: grid(kernels.score_blocks().min(gpu.processors as usize)),
+            score_alone: kernels.score_blocks(),
+            score_beside: kernels.score_blocks().min(gpu.processors as usize),
             apart: kernels.apart(),
             kernels,
-            stream: Arc::clone(stream),
-            gathers: gpu.new_urgent_stream()?,
-            attends: gpu.new_stream()?,
-            selected: events()?,
-            gathered: events()?,
-            attended: event()?,
+            blocks,
+            streams,
+            scored: events()?,
+            attended: events()?,
         })
+    }
+
+    fn grid(&self, score_blocks: usize, lanes: usize) -> StepGrid {
+        StepGrid {
+            lanes,
+            score_blocks: score_blocks_of_lane(score_blocks, lanes),
+            gather_blocks: self.blocks.gather,
+            attend_blocks: self.blocks.attend,
+        }
+    }
+
+    /// All lanes of a sequence, while nothing else runs.
+    fn alone(&self) -> StepGrid {
+        self.grid(self.score_alone, self.blocks.lanes)
     }
 
     /// One layer of a sparse step of several sequences.
@@ -81,26 +112,32 @@ impl Pipeline {
     pub(super) unsafe fn sparse_layer(&self, jobs: &[StepJob]) -> Result<(), CudaError> {
         if let [job] = jobs {
             // SAFETY: the caller's promise.
-            return unsafe { self.kernels.sparse_layer(&self.stream, &self.alone, job) };
+            return unsafe { self.kernels.sparse_layer(&self.streams[0], &self.alone(), job) };
         }
         let joining = "joining streams";
-        for (slot, job) in jobs.iter().enumerate() {
+        let parts = parts_of(jobs.len(), self.blocks.lanes);
+        for (number, part) in parts.iter().enumerate() {
+            let stream = &self.streams[number % self.streams.len()];
+            let job = StepJob { first_lane: part.lanes.start as u32, lane_count: part.lanes.len() as u32, ..jobs[part.slot] };
             // Kernels that come early take places and wait: beside a gather they would keep it from starting.
-            let (early, grid) = if slot == 0 { (&self.kernels, &self.alone) } else { (&self.apart, &self.beside) };
-            // SAFETY: the caller's promise; streams are joined by events before anything is read that another one writes.
-            unsafe {
-                self.apart.score(&self.stream, grid, job)?;
-                early.select(&self.stream, grid, job)?;
-                self.selected[slot].record(&self.stream).doing(joining)?;
-                self.gathers.wait(&self.selected[slot]).doing(joining)?;
-                self.apart.gather(&self.gathers, grid, job)?;
-                self.gathered[slot].record(&self.gathers).doing(joining)?;
-                self.attends.wait(&self.gathered[slot]).doing(joining)?;
-                self.apart.attend(&self.attends, grid, job)?;
+            let (early, grid) = match number {
+                0 => (&self.kernels, self.grid(self.score_alone, part.lanes.len())),
+                _ => (&self.apart, self.grid(self.score_beside, part.lanes.len())),
+            };
+            if number > 0 {
+                stream.wait(&self.scored[number - 1]).doing(joining)?;
             }
+            // SAFETY: the caller's promise; parts have nothing in common that a launch writes.
+            unsafe {
+                self.apart.score(stream, &grid, &job)?;
+                self.scored[number].record(stream).doing(joining)?;
+                early.select(stream, &grid, &job)?;
+                self.apart.gather(stream, &grid, &job)?;
+                self.apart.attend(stream, &grid, &job)?;
+            }
+            self.attended[number].record(stream).doing(joining)?;
         }
-        self.attended.record(&self.attends).doing(joining)?;
-        self.stream.wait(&self.attended).doing(joining)
+        self.attended[..parts.len()].iter().try_for_each(|attended| self.streams[0].wait(attended).doing(joining))
     }
 
     /// The exact attention of one layer of several sequences.
@@ -113,7 +150,7 @@ impl Pipeline {
     pub(super) unsafe fn dense_layer(&self, jobs: &[StepJob]) -> Result<(), CudaError> {
         for job in jobs {
             // SAFETY: the caller's promise.
-            unsafe { self.kernels.attend(&self.stream, &self.alone, &StepJob { appends: 1, ..*job })? };
+            unsafe { self.kernels.attend(&self.streams[0], &self.alone(), &StepJob { appends: 1, ..*job })? };
         }
         Ok(())
     }
@@ -127,7 +164,7 @@ impl Pipeline {
     /// As [`Pipeline::sparse_layer`].
     pub(super) unsafe fn move_blocks(&self, moves: u64, count: usize) -> Result<(), CudaError> {
         // SAFETY: the caller's promise.
-        unsafe { self.kernels.move_blocks(&self.stream, moves, count) }
+        unsafe { self.kernels.move_blocks(&self.streams[0], moves, count) }
     }
 
     /// One part of a layer of a sparse step: 0 score, 1 select, 2 gather, 3 attend.
@@ -138,7 +175,7 @@ impl Pipeline {
     /// # Errors
     /// As [`Pipeline::sparse_layer`].
     pub(super) unsafe fn part(&self, part: usize, job: &StepJob) -> Result<(), CudaError> {
-        let (kernels, stream, grid) = (&self.kernels, &self.stream, &self.alone);
+        let (kernels, stream, grid) = (&self.kernels, &self.streams[0], &self.alone());
         // SAFETY: the caller's promise.
         unsafe {
             match part {
@@ -147,6 +184,32 @@ impl Pipeline {
                 2 => kernels.gather(stream, grid, job),
                 _ => kernels.attend(stream, grid, job),
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_every_lane_of_every_sequence_once() {
+        for (slots, lanes) in [(2, 8), (3, 8), (8, 1), (5, 3), (2, 64)] {
+            let parts = parts_of(slots, lanes);
+            let listed: Vec<_> = parts.iter().flat_map(|part| part.lanes.clone().map(|lane| (part.slot, lane))).collect();
+            let all: Vec<_> = (0..slots).flat_map(|slot| (0..lanes).map(move |lane| (slot, lane))).collect();
+            assert_eq!(listed, all, "{slots} sequences of {lanes} lanes");
+            assert!(parts.iter().all(|part| !part.lanes.is_empty()));
+        }
+    }
+
+    #[test]
+    fn kernels_that_wait_cannot_take_all_places_from_each_other() {
+        for places in 1..2048 {
+            let streams = streams_at_once(places);
+            // One scores; the others may all be selecting. Each lacks one block at least of its first unfinished lane.
+            let stuck = MOST_SCORE_BLOCKS - 1 + (streams - 1) * (PARTS - 1);
+            assert!(streams == 1 || stuck < places, "{places} places, {streams} streams");
         }
     }
 }

@@ -153,7 +153,7 @@ constexpr u32 ASKED_WITH_WEIGHTS = STAGES < 2 ? STAGES : 2;
 extern "C" __global__ void __launch_bounds__(SCORE_THREADS, 2) score(const StepJob job) {
     extern __shared__ __align__(16) u8 rings[];
     __shared__ Room room;
-    const u32 lane = blockIdx.y, slot = blockIdx.z, warp = threadIdx.x / 32;
+    const u32 lane = job.first_lane + blockIdx.y, slot = blockIdx.z, warp = threadIdx.x / 32;
     const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
     const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
     const u64 own_lane = slot * job.lanes + lane;

@@ -451,7 +451,7 @@ __device__ __forceinline__ void list_victims(const Lane& lane, const Part rows, 
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3) select(const StepJob job) {
     __shared__ __align__(16) Room room;
-    const u32 lane_index = blockIdx.y, slot = blockIdx.z, part = blockIdx.x;
+    const u32 lane_index = job.first_lane + blockIdx.y, slot = blockIdx.z, part = blockIdx.x;
     const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
     const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
     const u64 own_lane = slot * job.lanes + lane_index;

@@ -14,7 +14,7 @@ pub(super) const SCORE_THREADS: usize = 512;
 pub(super) const SELECT_THREADS: usize = 512;
 const GATHER_THREADS: usize = 384;
 /// Blocks of the score kernel that share a lane at most: fewer than a launch counts arrivals (score.cu).
-const MOST_SCORE_BLOCKS: usize = 64;
+pub(super) const MOST_SCORE_BLOCKS: usize = 64;
 /// Most lanes that the gather keeps count of.
 pub const MAX_LANES: usize = 64;
 
@@ -29,6 +29,8 @@ pub struct StepKernels {
     attend_threads: usize,
     /// Blocks of the score kernel that run at once.
     score_blocks: usize,
+    /// Blocks of the score and select kernels that do, whichever they are.
+    places: usize,
 }
 
 /// Moves of hot places: struct MoveJob of hot.cu.
@@ -66,15 +68,19 @@ impl StepKernels {
         let module = |source| Module::load(gpu, compiler, source, specialisation);
         let (score, select, hot, attend) = (module(Source::Score)?, module(Source::Select)?, module(Source::Hot)?, module(Source::Attend)?);
         let scores = score.overlapping_kernel("score", score.score_bytes(specialisation))?;
-        let score_blocks = scores.resident_blocks(SCORE_THREADS)? * gpu.processors as usize;
+        let selects = select.overlapping_kernel("select", 0)?;
+        let processors = gpu.processors as usize;
+        let (score_blocks, select_blocks) = (scores.resident_blocks(SCORE_THREADS)?, selects.resident_blocks(SELECT_THREADS)?);
         Ok(Self {
             score: scores,
-            select: select.overlapping_kernel("select", 0)?,
+            select: selects,
             gather: hot.overlapping_kernel("gather", 0)?,
             attend: attend.overlapping_kernel("attend", 0)?,
             move_blocks: hot.kernel("move_blocks", 0)?,
             attend_threads: 32 * specialisation.attend_warps(),
-            score_blocks,
+            score_blocks: score_blocks * processors,
+            // A processor that has room for so many of either has room for as many of both.
+            places: score_blocks.min(select_blocks) * processors,
         })
     }
 
@@ -89,6 +95,12 @@ impl StepKernels {
     #[must_use]
     pub fn score_blocks(&self) -> usize {
         self.score_blocks
+    }
+
+    /// Blocks of the score and select kernels that run at once, whichever they are.
+    #[must_use]
+    pub(super) fn places(&self) -> usize {
+        self.places
     }
 
     /// Appends the newest rows; then importance keys of every row before the horizon, and their histogram.

@@ -118,6 +118,8 @@ struct StepJob {
     u64 counters;      // u64[slot][lane][2]: hits and misses since they were reset
     u64 trace;         // u16[slot][lane][trace_rows]: keys to be selected by instead of the computed ones, row r's for rows r x run and on; or 0
     u32 lanes;
+    u32 first_lane;    // of the launch
+    u32 lane_count;    // and how many lanes it is for
     u32 max_rows;      // multiple of 256
     u32 max_count;
     u32 max_blocks;    // attention blocks a lane
