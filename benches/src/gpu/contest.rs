@@ -20,6 +20,7 @@ use super::outcome::{Outcome, PartOutcome, StepOutcome};
 use super::prefill::prefill;
 use super::replay::{DrawnLanes, Hits, ReplayJob, Rule, replay_resized};
 use super::scene::{Scene, SparsePlan};
+use super::step_graphs::StepGraphs;
 use super::trace::KeyTrace;
 use crate::report::show_progress;
 use crate::statistics::median;
@@ -324,7 +325,7 @@ impl<'a> Contest<'a> {
         let sparse = SparsePlan { trace_rows: Some(trace.rows), ..self.sparse(denominator, pool, self.small()) };
         let mut batch = self.scene.sparse(&sparse)?;
         let drawn = DrawnLanes { layers: batch.layers(), lanes: batch.shape().geometry.heads.lanes() };
-        let graph = batch.capture(|| (0..drawn.layers).try_for_each(|layer| batch.enqueue_layer(layer, 0..1)))?;
+        let mut graphs = StepGraphs::capture(&batch)?;
         let mut timer = Timer::new(batch.stream());
         let (mut times, mut hits, mut sizes) = (Vec::new(), vec![Hits::default(); trace.layers], Vec::new());
         let mut balance = Balance::new(drawn.layers * drawn.lanes);
@@ -332,8 +333,9 @@ impl<'a> Contest<'a> {
         let steps = (warm_up + self.rounds.max(TRACE_ROUNDS)).min(trace.steps);
         for step in 0..steps {
             set_trace(&mut batch, trace, step)?;
-            let time = timed(&mut timer, || Ok(graph.launch()?))?;
+            let time = timed(&mut timer, || graphs.launch())?;
             let counts = batch.take_counters()?;
+            graphs.note(&batch, &counts);
             for (index, counts) in counts.iter().enumerate().filter(|_| step >= warm_up) {
                 let sum = &mut hits[index % trace.layers];
                 sum.hits += counts[0];
@@ -376,8 +378,7 @@ impl<'a> Contest<'a> {
         for (denominator, pool) in [(16, 3.0), (64, 4.0)] {
             let sparse = SparsePlan { trace_rows: Some(trace.rows), ..self.sparse(denominator, pool, self.small()) };
             let mut batch = self.scene.sparse_batch(&sparse, sequences)?;
-            let (layers, slots) = (batch.layers(), batch.shape().slots);
-            let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_layer(layer, 0..slots)))?;
+            let mut graphs = StepGraphs::capture(&batch)?;
             let mut timer = Timer::new(batch.stream());
             let mut found = BatchTimes::default();
             for step in 0..(TRACE_WARM_UP + 3 * self.rounds).min(trace.steps) {
@@ -385,10 +386,10 @@ impl<'a> Contest<'a> {
                 set_trace(&mut batch, trace, step)?;
                 // The steps take turns.
                 let (times, time) = match step % 3 {
-                    0 => (&mut found.steps, timed(&mut timer, || Ok(graph.launch()?))?),
+                    0 => (&mut found.steps, timed(&mut timer, || graphs.launch())?),
                     1 => {
                         let token = || {
-                            graph.launch()?;
+                            graphs.launch()?;
                             Ok(probe.read(batch.stream(), &weights)?)
                         };
                         (&mut found.tokens, timed(&mut timer, token)?)
@@ -396,6 +397,7 @@ impl<'a> Contest<'a> {
                     _ => (&mut found.gathers, gathers_alone(&batch, &mut timer)?),
                 };
                 let counts = batch.take_counters()?;
+                graphs.note(&batch, &counts);
                 if step < TRACE_WARM_UP {
                     continue;
                 }
@@ -403,7 +405,7 @@ impl<'a> Contest<'a> {
                 found.misses += counts.iter().map(|counts| counts[1]).sum::<u64>();
                 found.selected += counts.iter().map(|counts| counts[0] + counts[1]).sum::<u64>();
                 // The same step again finds everything: what the kernels take without the link.
-                found.again.push(timed(&mut timer, || Ok(graph.launch()?))?);
+                found.again.push(timed(&mut timer, || graphs.launch_without_misses())?);
                 batch.take_counters()?;
             }
             self.add_batch(&format!("batch of {sequences}, trace, n/{denominator}, pool of {pool}k"), &batch, &found);
@@ -456,15 +458,17 @@ impl<'a> Contest<'a> {
         for (denominator, pool) in [(16, 3.0), (64, 4.0)] {
             let sparse = SparsePlan { trace_rows: Some(trace.rows), ..self.sparse(denominator, pool, self.small()) };
             let mut batch = self.scene.sparse(&sparse)?;
-            let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_layer(layer, 0..batch.shape().slots)))?;
+            let mut graphs = StepGraphs::capture(&batch)?;
             let mut timer = Timer::new(batch.stream());
             let mut times = Vec::new();
             for step in 0..(TRACE_WARM_UP + self.rounds).min(trace.steps) {
                 set_trace(&mut batch, trace, step)?;
                 let time = timed(&mut timer, || {
-                    graph.launch()?;
+                    graphs.launch()?;
                     Ok(probe.read(batch.stream(), &weights)?)
                 })?;
+                let counts = batch.take_counters()?;
+                graphs.note(&batch, &counts);
                 if step >= TRACE_WARM_UP {
                     times.push(time);
                 }
@@ -478,16 +482,16 @@ impl<'a> Contest<'a> {
     /// Times whole steps, one graph launch each.
     fn steps(&mut self, name: &str, sparse: &SparsePlan, cold: bool) -> Result<()> {
         let mut batch = self.scene.sparse(sparse)?;
-        let layers = batch.layers();
-        let graph = batch.capture(|| (0..layers).try_for_each(|layer| batch.enqueue_layer(layer, 0..batch.shape().slots)))?;
+        let mut graphs = StepGraphs::capture(&batch)?;
         let mut timer = Timer::new(batch.stream());
         let (mut times, mut hits, mut misses) = (Vec::new(), 0, 0);
         for round in 0..WARM_UP + self.rounds {
             if cold {
                 batch.forget_hot_rows(0)?;
             }
-            let time = timed(&mut timer, || Ok(graph.launch()?))?;
+            let time = timed(&mut timer, || graphs.launch())?;
             let counts = batch.take_counters()?;
+            graphs.note(&batch, &counts);
             if round >= WARM_UP {
                 times.push(time);
                 hits += counts.iter().map(|counts| counts[0]).sum::<u64>();

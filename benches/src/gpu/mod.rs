@@ -7,6 +7,7 @@ pub mod prefill;
 pub mod recorded;
 pub mod replay;
 pub mod scene;
+mod step_graphs;
 pub mod trace;
 
 use std::path::PathBuf;

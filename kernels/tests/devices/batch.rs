@@ -11,6 +11,7 @@ use sluice_kernels::device::cuda::Gpu;
 use sluice_kernels::device::cuda::batch::{Batch, BatchLayer, BatchShape};
 use sluice_kernels::device::cuda::buffer::{DeviceBuffer, HostAccess};
 use sluice_kernels::device::cuda::compile::Compiler;
+use sluice_kernels::device::cuda::cut::Cut;
 use sluice_kernels::device::cuda::host::{HostFile, HostPage, HostPart, HostRows, HostSegment};
 use sluice_kernels::device::cuda::seat::{Kept, Seat, SeatShape};
 use sluice_kernels::device::cuda::store::PoolMove;
@@ -158,7 +159,7 @@ pub(crate) fn step(batch: &mut Batch, query: &[f32], newest: &[u8]) -> (Vec<f32>
     batch.set_queries(0, query).expect("queries");
     batch.set_new_rows(0, newest).expect("newest rows");
     batch.send_states().expect("states");
-    batch.enqueue_layer(0, 0..batch.shape().slots).expect("a step");
+    batch.enqueue_layer(0, 0..batch.shape().slots, Cut::Whole).expect("a step");
     batch.outputs(0).expect("outputs")
 }
 
@@ -245,8 +246,10 @@ fn nothing_hot_changes_a_bit(gpu: &Gpu, compiler: &Compiler, shape: Shape) {
     let kept = [Kept::Everything, Kept::Pool(count), Kept::Pool(2 * count), Kept::Pool(5000)];
     let mut batches: Vec<Batch> =
         kept.iter().map(|&kept| hosted.seated(gpu, compiler, &hosted.shape(kept, count), 5100, &settings)).collect();
-    let graphs: Vec<_> =
-        batches.iter().map(|batch| batch.capture(|| batch.enqueue_layer(0, 0..batch.shape().slots)).expect("a graph")).collect();
+    let graphs: Vec<_> = batches
+        .iter()
+        .map(|batch| batch.capture(|| batch.enqueue_layer(0, 0..batch.shape().slots, Cut::Halves)).expect("a graph"))
+        .collect();
     let mut rng = StdRng::seed_from_u64(3);
     let mut query = hosted.layer.queries(1);
     let mut all_hits = 0;
@@ -318,7 +321,7 @@ fn hot_places_that_move_between_lanes_never_change_a_bit() {
     let count = settings.selected_tokens(6000);
     let kept = [Kept::Everything, Kept::Pool(2 * count)];
     let [mut whole, mut batch] = kept.map(|kept| hosted.seated(&gpu, &compiler, &hosted.shape(kept, count), 5100, &settings));
-    let graph = batch.capture(|| batch.enqueue_layer(0, 0..1)).expect("a graph");
+    let graph = batch.capture(|| batch.enqueue_layer(0, 0..1, Cut::Halves)).expect("a graph");
     let seat = Arc::clone(batch.seat(0).expect("a seat"));
     let (least, most) = (count.div_ceil(64), seat.most_pool_blocks());
     let mut expected = seat.pool_blocks();
@@ -421,7 +424,7 @@ fn device_memory_is_zeroed_while_a_graph_is_captured() {
     };
     let graph = batch.capture(|| {
         std::thread::scope(|scope| scope.spawn(zeroed).join()).expect("another thread allocates");
-        batch.enqueue_layer(0, 0..1)
+        batch.enqueue_layer(0, 0..1, Cut::Whole)
     });
     drop(graph.expect("a graph"));
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use sluice_kernels::device::cuda::batch::{Batch, BatchLayer, BatchShape};
+use sluice_kernels::device::cuda::cut::Cut;
 use sluice_kernels::device::cuda::host::HostPart;
 use sluice_kernels::device::cuda::seat::{Kept, Seat, SeatShape};
 use sluice_kernels::shape::RowType;
@@ -51,7 +52,7 @@ fn hot_rows_beyond_4_gib_are_those_of_a_small_store() {
         large.set_queries(last, &query).expect("queries");
         large.set_new_rows(last, &newest).expect("newest rows");
         large.send_states().expect("states");
-        large.enqueue_layer(last, 0..1).expect("a step");
+        large.enqueue_layer(last, 0..1, Cut::Halves).expect("a step");
         assert!(large.outputs(last).expect("outputs") == result, "step {round}");
     }
 }

@@ -11,6 +11,7 @@ use cudarc::driver::{CudaGraph, CudaStream, sys};
 
 use super::buffer::{DeviceBuffer, PinnedBuffer};
 use super::compile::Compiler;
+use super::cut::Cut;
 use super::error::{CudaError, Doing};
 use super::host::{HostPage, HostPart, HostRows, HostSegment};
 use super::jobs::{ABOVE_WORDS, BINS, LayerPlace, NOBODY, PARTS, SAMPLE_SUMS, SequenceState, StepJob};
@@ -538,13 +539,13 @@ impl Batch {
         }
     }
 
-    /// Enqueues one layer of a sparse step of some slots.
+    /// Enqueues one layer of a sparse step of some slots. How it is cut changes no result.
     ///
     /// # Errors
     /// A failed launch.
-    pub fn enqueue_layer(&self, layer: usize, slots: Range<usize>) -> Result<(), CudaError> {
+    pub fn enqueue_layer(&self, layer: usize, slots: Range<usize>, cut: Cut) -> Result<(), CudaError> {
         // SAFETY: every address of the jobs is of a buffer of this value or of a seat or segment that it keeps.
-        unsafe { self.pipeline.sparse_layer(&self.jobs[layer][slots]) }
+        unsafe { self.pipeline.sparse_layer(&self.jobs[layer][slots], cut) }
     }
 
     /// Enqueues the exact attention of one layer of some slots over all rows kept: for steps that select nothing, or everything of

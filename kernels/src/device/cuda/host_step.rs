@@ -8,6 +8,7 @@ use cudarc::driver::CudaGraph;
 
 use super::batch::Batch;
 use super::buffer::PinnedBuffer;
+use super::cut::Cut;
 use super::error::{CudaError, Doing};
 use super::open::Gpu;
 
@@ -22,6 +23,15 @@ pub enum LayerWork {
     Ahead,
 }
 
+/// What a captured layer does.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct LayerKey {
+    layer: usize,
+    work: LayerWork,
+    slots: Range<usize>,
+    cut: Cut,
+}
+
 /// A captured layer.
 struct LayerGraph(CudaGraph);
 
@@ -31,8 +41,7 @@ unsafe impl Send for LayerGraph {}
 /// A batch with pinned room for one layer's inputs and results.
 pub struct HostStep {
     batch: Batch,
-    /// By layer, work and slots.
-    graphs: HashMap<(usize, LayerWork, Range<usize>), LayerGraph>,
+    graphs: HashMap<LayerKey, LayerGraph>,
     /// `[slot][query head][head_dim]`, and the outputs.
     queries: PinnedBuffer<f32>,
     outputs: PinnedBuffer<f32>,
@@ -43,6 +52,8 @@ pub struct HostStep {
     counters: PinnedBuffer<[u64; 2]>,
     /// `[layer][slot][lane]`: the same before it.
     counted: Vec<[u64; 2]>,
+    /// `[layer][slot]`: rows that the last step missed.
+    missed: Vec<u64>,
 }
 
 /// Results of a slot.
@@ -74,6 +85,7 @@ impl HostStep {
             new_rows: PinnedBuffer::zeroed(context, lanes * shape.geometry.row_bytes())?,
             counters: PinnedBuffer::zeroed(context, lanes)?,
             counted: vec![[0; 2]; layers * lanes],
+            missed: vec![0; layers * shape.slots],
             batch,
         })
     }
@@ -101,7 +113,9 @@ impl HostStep {
     /// # Errors
     /// A copy or launch that the driver refuses, or a failure of the device.
     pub fn perform(&mut self, layer: usize, work: LayerWork, slots: Range<usize>) -> Result<(), CudaError> {
-        self.capture(layer, work, &slots)?;
+        let key = LayerKey { layer, work, cut: self.cut(layer, work, &slots), slots };
+        self.capture(&key)?;
+        let slots = key.slots.clone();
         let geometry = &self.batch.shape().geometry;
         let (all, lanes, heads) = (self.batch.shape().slots, geometry.heads.lanes(), geometry.heads.query_heads());
         let (dim, row_bytes) = (geometry.head_dim, geometry.row_bytes());
@@ -110,7 +124,7 @@ impl HostStep {
         let (queries, new_rows) = (&self.queries[of(heads * dim)], &self.new_rows[of(lanes * row_bytes)]);
         // SAFETY: the pinned inputs belong to this value and stay as they are until the stream has been waited for below.
         unsafe { self.batch.send_inputs(layer, slots.start, queries, new_rows)? };
-        let graph = self.graphs.get(&(layer, work, slots.clone())).ok_or(CudaError::NothingCaptured)?;
+        let graph = self.graphs.get(&key).ok_or(CudaError::NothingCaptured)?;
         graph.0.launch().doing("launching a layer")?;
         let (outputs, lse) = (&mut self.outputs[of(heads * dim)], &mut self.lse[of(heads)]);
         let counters = &mut self.counters[of(lanes)];
@@ -124,18 +138,31 @@ impl HostStep {
             *now = [counts[0] - before[0], counts[1] - before[1]];
             *before = counts;
         }
+        for (missed, counts) in self.missed[layer * all..][slots].iter_mut().zip(counters.chunks(lanes)) {
+            *missed = counts.iter().map(|counts| counts[1]).sum();
+        }
         Ok(())
     }
 
-    fn capture(&mut self, layer: usize, work: LayerWork, slots: &Range<usize>) -> Result<(), CudaError> {
-        let key = (layer, work, slots.clone());
-        if !self.graphs.contains_key(&key) {
+    /// How a layer is cut: as if it missed what it missed the last time.
+    fn cut(&self, layer: usize, work: LayerWork, slots: &Range<usize>) -> Cut {
+        if work != LayerWork::Sparse {
+            return Cut::Whole;
+        }
+        let shape = self.batch.shape();
+        let missed: u64 = self.missed[layer * shape.slots..][slots.clone()].iter().sum();
+        Cut::for_misses(missed * shape.geometry.row_bytes() as u64)
+    }
+
+    fn capture(&mut self, key: &LayerKey) -> Result<(), CudaError> {
+        if !self.graphs.contains_key(key) {
+            let LayerKey { layer, work, slots, cut } = key.clone();
             let graph = self.batch.capture(|| match work {
-                LayerWork::Sparse => self.batch.enqueue_layer(layer, slots.clone()),
+                LayerWork::Sparse => self.batch.enqueue_layer(layer, slots.clone(), cut),
                 LayerWork::Exact => self.batch.enqueue_dense_layer(layer, slots.clone()),
                 LayerWork::Ahead => self.batch.enqueue_fetch(layer, slots.clone()),
             })?;
-            self.graphs.insert(key, LayerGraph(graph));
+            self.graphs.insert(key.clone(), LayerGraph(graph));
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ pub mod batch;
 pub mod buffer;
 pub mod compile;
 mod copies;
+pub mod cut;
 pub mod error;
 pub mod host;
 pub mod host_step;
@@ -32,6 +33,7 @@ pub mod timer;
 pub mod whole_cache;
 mod workspace;
 
+pub use cudarc::driver::CudaGraph;
 pub use error::{CudaError, Doing};
 pub use open::{Gpu, OpenError};
 pub use staged::Cuda;

@@ -1,16 +1,15 @@
-//! One layer of a step over several sequences: while the misses of one cross the link, the next ones are scored and select, and those before
-//! are attended.
+//! One layer of a step: while the misses of some lanes or sequences cross the link, the next ones are scored and select, and those before are
+//! attended.
 //!
-//! A layer is taken in parts, each a sequence or some of its lanes, with launches of its own on a stream of its own. No result depends on a
-//! grid, so a sequence has the bits that it has alone. Parts are scored one after the other, because the link waits for the first of them;
-//! from there on each goes its own way. The link is idle until the first part has selected, and after the last one has been fetched, so the
-//! first and the last sequence are two parts each.
+//! A layer is taken in parts ([`Cut`]), each with launches of its own on a stream of its own. No result depends on a grid, so a sequence has
+//! the bits that it has alone. Parts are scored one after the other, because the link waits for the first of them; from there on each goes
+//! its own way.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaEvent, CudaStream};
 
+use super::cut::Cut;
 use super::error::{CudaError, Doing};
 use super::jobs::{PARTS, StepJob};
 use super::open::Gpu;
@@ -23,13 +22,6 @@ pub(super) struct StepBlocks {
     pub(super) gather: usize,
     /// A lane.
     pub(super) attend: usize,
-}
-
-/// Lanes of a sequence that go through a layer together.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Part {
-    slot: usize,
-    lanes: Range<usize>,
 }
 
 /// Kernels, streams, and the events that join them.
@@ -48,13 +40,6 @@ pub(super) struct Pipeline {
     attended: Vec<CudaEvent>,
 }
 
-/// Parts of a layer of `slots` sequences with `lanes` lanes each.
-fn parts_of(slots: usize, lanes: usize) -> Vec<Part> {
-    let first_half = |slot| if slot == 0 || slot + 1 == slots { lanes / 2 } else { 0 };
-    let halves = |slot| [0..first_half(slot), first_half(slot)..lanes].map(|lanes| Part { slot, lanes });
-    (0..slots).flat_map(halves).filter(|part| !part.lanes.is_empty()).collect()
-}
-
 /// Streams that may run at once where `places` blocks of the score and select kernels do. Blocks of a lane wait for each other in these
 /// kernels, and start in grid order: as long as not every kernel can be short of a place for its first unfinished lane, one of them goes on.
 fn streams_at_once(places: usize) -> usize {
@@ -69,7 +54,7 @@ impl Pipeline {
         blocks: StepBlocks,
         slots: usize,
     ) -> Result<Self, CudaError> {
-        let parts = parts_of(slots, blocks.lanes).len();
+        let parts = Cut::Halves.parts(slots, blocks.lanes).len();
         let event = || gpu.context.new_event(None).doing("making an event");
         let events = || (0..parts).map(|_| event()).collect::<Result<Vec<_>, _>>();
         let mut streams = vec![Arc::clone(stream)];
@@ -102,20 +87,20 @@ impl Pipeline {
         self.grid(self.score_alone, self.blocks.lanes)
     }
 
-    /// One layer of a sparse step of several sequences.
+    /// One layer of a sparse step of some sequences.
     ///
     /// # Safety
     /// As [`super::module::Kernel::launch`], for every job; so for all launches of this type.
     ///
     /// # Errors
     /// A launch that the driver refuses; so for all launches of this type.
-    pub(super) unsafe fn sparse_layer(&self, jobs: &[StepJob]) -> Result<(), CudaError> {
-        if let [job] = jobs {
+    pub(super) unsafe fn sparse_layer(&self, jobs: &[StepJob], cut: Cut) -> Result<(), CudaError> {
+        let parts = cut.parts(jobs.len(), self.blocks.lanes);
+        if let ([job], [_]) = (jobs, &*parts) {
             // SAFETY: the caller's promise.
             return unsafe { self.kernels.sparse_layer(&self.streams[0], &self.alone(), job) };
         }
         let joining = "joining streams";
-        let parts = parts_of(jobs.len(), self.blocks.lanes);
         for (number, part) in parts.iter().enumerate() {
             let stream = &self.streams[number % self.streams.len()];
             let job = StepJob { first_lane: part.lanes.start as u32, lane_count: part.lanes.len() as u32, ..jobs[part.slot] };
@@ -191,17 +176,6 @@ impl Pipeline {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn parts_are_every_lane_of_every_sequence_once() {
-        for (slots, lanes) in [(2, 8), (3, 8), (8, 1), (5, 3), (2, 64)] {
-            let parts = parts_of(slots, lanes);
-            let listed: Vec<_> = parts.iter().flat_map(|part| part.lanes.clone().map(|lane| (part.slot, lane))).collect();
-            let all: Vec<_> = (0..slots).flat_map(|slot| (0..lanes).map(move |lane| (slot, lane))).collect();
-            assert_eq!(listed, all, "{slots} sequences of {lanes} lanes");
-            assert!(parts.iter().all(|part| !part.lanes.is_empty()));
-        }
-    }
 
     #[test]
     fn kernels_that_wait_cannot_take_all_places_from_each_other() {
