@@ -193,7 +193,10 @@ impl<'a> Item<'a> {
             output: &mut request.output[index * unit..(index + 1) * unit],
             lse: &mut request.lse[index * heads..(index + 1) * heads],
         };
-        let plan = plan(request.sequence, request.attend, query.position);
+        let plan = match part.kind {
+            LaneKind::Selected => plan(request.sequence, request.attend, query.position),
+            LaneKind::Window { tokens } => Plan::window(tokens as usize, query.position),
+        };
         Some(Self { sequence: request.sequence, part, plan, query })
     }
 }
@@ -204,6 +207,13 @@ struct Plan {
     count: usize,
     horizon: usize,
     exact_from: usize,
+}
+
+impl Plan {
+    /// A window of so many rows, the query's own included.
+    fn window(tokens: usize, position: usize) -> Self {
+        Self { count: 0, horizon: 0, exact_from: (position + 1).saturating_sub(tokens) }
+    }
 }
 
 impl Decoder {
@@ -272,15 +282,15 @@ impl Decoder {
     /// What of a request is attended exactly by all of its queries at once; nothing of others.
     fn exact_part(&mut self, layer: usize, request: &mut StepRequest<'_>, part: &LayerPart) -> Result<StepReport, StepError> {
         match part.kind {
-            LaneKind::Window { tokens } => self.exact(layer, request, part, Some(tokens as usize)),
-            LaneKind::Selected if !goes_one_by_one(request, part) => {
+            _ if goes_one_by_one(request, part) => Ok(StepReport::default()),
+            LaneKind::Window { tokens } => self.many(layer, request, part, Some(tokens as usize)),
+            LaneKind::Selected => {
                 if request.sequence.is_calibrated() {
                     let unit = part.geometry.heads.query_heads() * part.geometry.head_dim;
                     request.sequence.note_queries(layer, request.first_position, request.queries, unit);
                 }
-                self.exact(layer, request, part, None)
+                self.many(layer, request, part, None)
             }
-            LaneKind::Selected => Ok(StepReport::default()),
         }
     }
 
@@ -333,9 +343,10 @@ impl Decoder {
 
     /// One query of a sequence that no device keeps.
     fn one_query(&mut self, layer: usize, item: &mut Item<'_>) -> Result<StepReport, StepError> {
+        let attends_all = item.part.kind == LaneKind::Selected;
         if item.plan.count > 0 {
             self.attend_selected(layer, item)
-        } else if self.resident.is_some() && resident::streams(item.sequence, item.query.position) {
+        } else if attends_all && self.resident.is_some() && resident::streams(item.sequence, item.query.position) {
             self.stream(layer, item)
         } else {
             self.attend_from(layer, item.sequence, item.part, item.plan.exact_from, &mut item.query)
@@ -460,22 +471,6 @@ impl Decoder {
     }
 
     /// Exact causal attention of all query tokens of a request: prefill over an offloaded prefix, and sliding-window layers.
-    fn exact(
-        &mut self,
-        layer: usize,
-        request: &mut StepRequest<'_>,
-        part: &LayerPart,
-        window: Option<usize>,
-    ) -> Result<StepReport, StepError> {
-        let Range { start, end } = attended(request, part, window);
-        if end == request.first_position + 1 {
-            let position = request.first_position;
-            let mut query = Query { position, values: request.queries, output: request.output, lse: request.lse };
-            return self.attend_from(layer, request.sequence, part, start, &mut query);
-        }
-        self.many(layer, request, part, window)
-    }
-
     fn many(
         &mut self,
         layer: usize,
@@ -533,10 +528,10 @@ impl Decoder {
     }
 }
 
-/// Whether a request's queries select rows each for itself, or are one that attends all.
+/// Whether a request's queries select rows each for itself, or are one.
 fn goes_one_by_one(request: &StepRequest<'_>, part: &LayerPart) -> bool {
     let count = request.queries.len() / (part.geometry.heads.query_heads() * part.geometry.head_dim);
-    part.kind == LaneKind::Selected && (request.attend == Attend::Sparse || count == 1)
+    count == 1 || (part.kind == LaneKind::Selected && request.attend == Attend::Sparse)
 }
 
 /// Rows that the query tokens of a request attend, all together.

@@ -17,6 +17,7 @@ mod rows;
 mod score;
 mod select;
 mod step;
+mod window;
 
 use std::sync::{LazyLock, Mutex, MutexGuard, Once, PoisonError};
 use std::time::Duration;

@@ -62,31 +62,24 @@ impl LayerState<'_> {
         Ok(())
     }
 
-    /// Brings the rows of chunks from `first` on up to `position` to the device, as far as they are not there.
+    /// Brings the rows of chunks from `first` on before `position` to the device, as far as they are not there.
     pub(super) fn take_up_rows(&mut self, group: &Group, first: usize, position: usize) -> Result<(), StepError> {
-        let batch = group.step.batch();
-        for chunk in first..=position / CHUNK_TOKENS {
-            let needed = (position - chunk * CHUNK_TOKENS).min(CHUNK_TOKENS);
-            if self.progress.has(chunk, needed) {
-                continue;
-            }
-            self.seat.write_tail(batch.stream(), self.own_layer, chunk, &[self.sequence.page(self.layer, chunk)?])?;
-            let written = self.sequence.written(self.layer).saturating_sub(chunk * CHUNK_TOKENS);
-            self.progress.note(chunk, written.min(CHUNK_TOKENS));
-        }
-        Ok(())
+        let (seat, stream, own_layer) = (self.seat, group.step.batch().stream(), self.own_layer);
+        let write = |chunk: usize, page: &[u8]| seat.write_tail(stream, own_layer, chunk, &[page]);
+        self.progress.take_up(self.sequence, self.layer, first * CHUNK_TOKENS..position, write)
     }
 }
 
-/// Gives a slot its query and the row of the query's own token, which is written already.
-pub(super) fn set_input(group: &mut Group, slot: usize, layer: usize, item: &Item<'_>) -> Result<(), CudaError> {
-    let (position, geometry) = (item.query.position, &item.part.geometry);
-    let page = item.sequence.page(layer, position / CHUNK_TOKENS).map_err(|_| CudaError::NoHostRows)?;
-    let (values, rows) = group.step.input(slot);
-    values.copy_from_slice(item.query.values);
-    let row_bytes = geometry.row_bytes();
-    for (lane, row) in rows.chunks_exact_mut(row_bytes).enumerate() {
-        row.copy_from_slice(&page[geometry.row_offset(lane, position)..][..row_bytes]);
+impl Item<'_> {
+    /// Writes the query and the row of the query's own token, which is written already, to where a step takes them from.
+    pub(super) fn put_input(&self, layer: usize, values: &mut [f32], rows: &mut [u8]) -> Result<(), CudaError> {
+        let (position, geometry) = (self.query.position, &self.part.geometry);
+        let page = self.sequence.page(layer, position / CHUNK_TOKENS).map_err(|_| CudaError::NoHostRows)?;
+        values.copy_from_slice(self.query.values);
+        let row_bytes = geometry.row_bytes();
+        for (lane, row) in rows.chunks_exact_mut(row_bytes).enumerate() {
+            row.copy_from_slice(&page[geometry.row_offset(lane, position)..][..row_bytes]);
+        }
+        Ok(())
     }
-    Ok(())
 }

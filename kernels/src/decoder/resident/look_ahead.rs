@@ -1,7 +1,6 @@
 //! Looking ahead on a device that keeps sequences: a step without its attention.
 
 use super::ResidentDecoder;
-use super::layer::set_input;
 use crate::decoder::look_ahead::LookAhead;
 use crate::decoder::{Item, StepError};
 use crate::device::cuda::host_step::LayerWork;
@@ -16,7 +15,8 @@ impl ResidentDecoder {
         let slot = group.seat_all(&[&of_part.seat])?.first().copied().unwrap_or(0);
         group.know(&ready.resident.files)?;
         // Scoring stores the row of the query's own token: what is there already, or else what the step itself writes again.
-        set_input(group, slot, layer, item)?;
+        let (values, rows) = group.step.input(slot);
+        item.put_input(layer, values, rows)?;
         let position = item.query.position;
         group.step.batch_mut().set_length(slot, position + 1, &item.sequence.settings(), None)?;
         group.step.perform(ready.launch.layer, LayerWork::Ahead, slot..slot + 1)?;

@@ -14,6 +14,7 @@ mod look_ahead;
 mod restore;
 mod state;
 mod step;
+mod window;
 
 use std::sync::Arc;
 
@@ -35,6 +36,7 @@ use group::{Group, GroupKey, Room};
 use labels::{LabelHold, LabelRoom, LabelStore, SLAB_CHUNKS};
 use limits::Ledger;
 use state::{Progress, ResidentPart, TailPage};
+use window::WindowGroup;
 
 pub use limits::DeviceLimits;
 pub use state::Resident;
@@ -59,6 +61,8 @@ pub(super) struct ResidentDecoder {
     groups: Vec<Group>,
     /// By group.
     labels: Vec<LabelStore>,
+    /// Groups of sliding-window layers.
+    windows: Vec<WindowGroup>,
     /// Group and slot of the last step that selected.
     last: Option<(usize, usize)>,
 }
@@ -93,8 +97,9 @@ impl Size {
 
 impl ResidentDecoder {
     pub(super) fn new(gpu: Gpu, compiler: Arc<Compiler>) -> Self {
-        let (files, groups, labels) = (Files::default(), Vec::new(), Vec::new());
-        Self { gpu, compiler, limits: DeviceLimits::default(), ledger: None, stream: None, files, groups, labels, last: None }
+        let (limits, files) = (DeviceLimits::default(), Files::default());
+        let (groups, labels, windows) = (Vec::new(), Vec::new(), Vec::new());
+        Self { gpu, compiler, limits, ledger: None, stream: None, files, groups, labels, windows, last: None }
     }
 
     pub(super) fn set_limits(&mut self, limits: DeviceLimits) {
@@ -131,12 +136,16 @@ impl ResidentDecoder {
             Some(held) if fits(&held) => return Ok(Some(held)),
             other => other,
         };
-        let Some(size) = Size::of(sequence, length, self.limits) else { return Ok(None) };
+        let Some(size) = Size::of(sequence, length, self.limits) else {
+            held.into_iter().for_each(|held| sequence.put_resident(held));
+            return Ok(None);
+        };
         self.sweep();
         let mut made = self.new_state(sequence, &size)?;
         if let Some(held) = held {
             self.take_over(&mut made, &held)?;
             made.files = held.files;
+            made.windows = held.windows;
         }
         Ok(Some(made))
     }
@@ -217,6 +226,7 @@ impl ResidentDecoder {
             max_count: size.max_count,
             tail_chunks: size.tail_chunks,
             hot_stale: false,
+            windows: None,
         }))
     }
 

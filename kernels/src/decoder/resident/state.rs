@@ -1,18 +1,22 @@
 //! What the device holds of one sequence, and how far it has come.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::balance::{Balance, BlockBounds};
 use super::labels::LabelHold;
 use super::limits::Charge;
+use super::window::Windows;
+use crate::decoder::StepError;
 use crate::device::cuda::CudaError;
 use crate::device::cuda::batch::Batch;
 use crate::device::cuda::host::HostSegment;
 use crate::device::cuda::jobs::POOL_BLOCK;
 use crate::device::cuda::seat::Seat;
+use crate::sequence::Sequence;
 use crate::slot::CHUNK_TOKENS;
 
-/// Device state of one sequence; freed with it. Without a calibration it has the files alone.
+/// Device state of one sequence; freed with it. Without a calibration it has the files and the windows alone.
 #[derive(Debug, Default)]
 pub struct Resident {
     /// By shape of rows.
@@ -33,6 +37,8 @@ pub struct Resident {
     pub(super) tail_chunks: usize,
     /// Whether hot rows may be of positions that were written anew.
     pub(super) hot_stale: bool,
+    /// The sliding-window layers, from their first step on.
+    pub(super) windows: Option<Windows>,
 }
 
 /// The layers of one shape.
@@ -67,7 +73,7 @@ pub(super) struct TailPage {
 }
 
 impl Resident {
-    /// Forgets what a calibration decides, which is everything but the files.
+    /// Forgets what a calibration decides, which is everything but the files and the windows.
     pub(crate) fn forget_layers(&mut self) {
         self.parts.clear();
         self.part_of_layer.clear();
@@ -88,6 +94,7 @@ impl Resident {
             part.layers.iter_mut().for_each(|layer| layer.truncate(length));
             part.labels.truncate(length / CHUNK_TOKENS);
         }
+        self.windows.iter_mut().for_each(|windows| windows.truncate(length));
     }
 }
 
@@ -101,7 +108,26 @@ impl ResidentPart {
 }
 
 impl Progress {
-    fn truncate(&mut self, length: usize) {
+    /// Brings rows at `span` of a layer of the model to the device by `write`, a chunk's page at a time, as far as they are not there.
+    pub(super) fn take_up(
+        &mut self,
+        sequence: &Sequence,
+        layer: usize,
+        span: Range<usize>,
+        mut write: impl FnMut(usize, &[u8]) -> Result<(), CudaError>,
+    ) -> Result<(), StepError> {
+        for chunk in span.start / CHUNK_TOKENS..span.end.div_ceil(CHUNK_TOKENS) {
+            if self.has(chunk, (span.end - chunk * CHUNK_TOKENS).min(CHUNK_TOKENS)) {
+                continue;
+            }
+            write(chunk, sequence.page(layer, chunk)?)?;
+            let written = sequence.written(layer).saturating_sub(chunk * CHUNK_TOKENS);
+            self.note(chunk, written.min(CHUNK_TOKENS));
+        }
+        Ok(())
+    }
+
+    pub(super) fn truncate(&mut self, length: usize) {
         self.labelled = self.labelled.min(length / CHUNK_TOKENS);
         for page in &mut self.tail {
             page.rows = page.rows.min(length.saturating_sub(page.chunk * CHUNK_TOKENS));

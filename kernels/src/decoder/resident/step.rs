@@ -3,18 +3,19 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::layer::{LayerState, set_input};
+use super::layer::LayerState;
 use super::state::Resident;
 use super::{ResidentDecoder, streams};
 use crate::decoder::{Item, StepError, StepReport};
 use crate::device::cuda::CudaError;
 use crate::device::cuda::host_step::LayerWork;
+use crate::shape::LaneKind;
 use crate::slot::CHUNK_TOKENS;
 
 /// A sequence that is up to date; its state is the step's until that has succeeded, so that a failed one leaves none half-way.
 pub(super) struct Ready {
     /// Among the items.
-    index: usize,
+    pub(super) index: usize,
     pub(super) resident: Box<Resident>,
     /// Of the resident's parts.
     pub(super) part: usize,
@@ -27,7 +28,16 @@ pub(super) struct Launch {
     pub(super) group: usize,
     /// Layer in the group.
     pub(super) layer: usize,
-    work: LayerWork,
+    pub(super) work: Work,
+}
+
+/// What a launch does, and which groups it is of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Work {
+    /// A full-attention layer.
+    Selected(LayerWork),
+    /// A sliding-window layer.
+    Window,
 }
 
 impl ResidentDecoder {
@@ -43,17 +53,28 @@ impl ResidentDecoder {
         let mut results: Vec<Result<Option<StepReport>, StepError>> = items.iter().map(|_| Ok(None)).collect();
         let mut waiting = Vec::new();
         for (index, item) in items.iter_mut().enumerate() {
-            match self.prepare(layer, index, item) {
+            let prepared = match item.part.kind {
+                LaneKind::Selected => self.prepare(layer, index, item),
+                LaneKind::Window { .. } => self.prepare_window(layer, index, item),
+            };
+            match prepared {
                 Ok(ready) => waiting.extend(ready),
                 Err(error) => results[index] = Err(error),
             }
         }
         while let Some(launch) = waiting.first().map(|ready| ready.launch) {
             let (mut together, mut others): (Vec<Ready>, Vec<Ready>) = waiting.into_iter().partition(|ready| ready.launch == launch);
-            let slots = self.slots(launch.group, together.len());
+            let slots = match launch.work {
+                Work::Selected(_) => self.slots(launch.group, together.len()),
+                Work::Window => self.window_slots(launch.group, together.len()),
+            };
             others.extend(together.split_off(slots.min(together.len())));
             waiting = others;
-            match self.perform(layer, launch, items, &mut together) {
+            let performed = match launch.work {
+                Work::Selected(work) => self.perform(layer, launch, work, items, &mut together),
+                Work::Window => self.perform_window(layer, launch, items, &mut together).map(|()| vec![0; together.len()]),
+            };
+            match performed {
                 Ok(hits) => {
                     for (ready, hits) in together.into_iter().zip(hits) {
                         let item = &mut items[ready.index];
@@ -91,7 +112,7 @@ impl ResidentDecoder {
         state.take_up_labels(group, &of_part.labels, &resident.places[..before_horizon], &resident.files)?;
         state.take_up_rows(group, before_horizon, position)?;
         let work = if plan.count > 0 { LayerWork::Sparse } else { LayerWork::Exact };
-        let launch = Launch { group: of_part.group, layer: own_layer, work };
+        let launch = Launch { group: of_part.group, layer: own_layer, work: Work::Selected(work) };
         Ok(Some(Ready { index, resident, part, launch }))
     }
 
@@ -109,16 +130,24 @@ impl ResidentDecoder {
     }
 
     /// Performs one launch; answers with the selected rows that were hot.
-    fn perform(&mut self, layer: usize, launch: Launch, items: &mut [Item<'_>], together: &mut [Ready]) -> Result<Vec<u64>, CudaError> {
+    fn perform(
+        &mut self,
+        layer: usize,
+        launch: Launch,
+        work: LayerWork,
+        items: &mut [Item<'_>],
+        together: &mut [Ready],
+    ) -> Result<Vec<u64>, CudaError> {
         let group = &mut self.groups[launch.group];
         let seats: Vec<_> = together.iter().map(|ready| &ready.resident.parts[ready.part].seat).collect();
         let slots = group.seat_all(&seats)?;
         for (ready, &slot) in together.iter().zip(&slots) {
             group.know(&ready.resident.files)?;
             let item = &items[ready.index];
-            set_input(group, slot, layer, item)?;
+            let (values, rows) = group.step.input(slot);
+            item.put_input(layer, values, rows)?;
             let length = item.query.position + 1;
-            match launch.work {
+            match work {
                 LayerWork::Sparse | LayerWork::Ahead => {
                     group.step.batch_mut().set_length(slot, length, &item.sequence.settings(), None)?;
                     self.last = Some((launch.group, slot));
@@ -127,7 +156,7 @@ impl ResidentDecoder {
             }
         }
         let first = slots.iter().min().copied().unwrap_or(0);
-        group.step.perform(launch.layer, launch.work, first..first + slots.len())?;
+        group.step.perform(launch.layer, work, first..first + slots.len())?;
         let take = |(ready, &slot): (&mut Ready, &usize)| {
             let query = &mut items[ready.index].query;
             let result = group.step.result(slot);
@@ -135,13 +164,13 @@ impl ResidentDecoder {
             query.lse.copy_from_slice(result.lse);
             let of_part = &mut ready.resident.parts[ready.part];
             of_part.layers[launch.layer].note(query.position / CHUNK_TOKENS, query.position % CHUNK_TOKENS + 1);
-            if launch.work == LayerWork::Sparse {
+            if work == LayerWork::Sparse {
                 of_part.balance.count(launch.layer * result.counts.len(), result.counts);
             }
             result.hits()
         };
         let hits = together.iter_mut().zip(&slots).map(take).collect();
-        for (ready, &slot) in together.iter_mut().zip(&slots).filter(|_| launch.work == LayerWork::Sparse) {
+        for (ready, &slot) in together.iter_mut().zip(&slots).filter(|_| work == LayerWork::Sparse) {
             let (most_selected, of_part) = (ready.resident.max_count, &mut ready.resident.parts[ready.part]);
             if launch.layer + 1 == of_part.layers.len() {
                 of_part.end_step(group.step.batch_mut(), slot, most_selected)?;
@@ -155,7 +184,7 @@ impl ResidentDecoder {
 fn report_of(layer: usize, item: &Item<'_>, hits: u64) -> StepReport {
     let lanes = item.part.geometry.heads.lanes();
     let sparse = item.plan.count > 0;
-    let exact_rows = item.query.position + 1 - if sparse { item.plan.horizon } else { 0 };
+    let exact_rows = item.query.position + 1 - item.plan.exact_from;
     let label_bytes = item.sequence.coder(layer).map_or(0, |coder| coder.plan.label_bytes());
     StepReport {
         selected_rows: (lanes * item.plan.count) as u64,

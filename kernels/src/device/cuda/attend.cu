@@ -33,7 +33,7 @@ struct List {
 __device__ __forceinline__ List list_of(const StepJob& job, const SequenceState& sequence, const LayerPlace& place, u32 slot, u32 lane) {
     const u64 own_lane = slot * job.lanes + lane;
     List list;
-    list.horizon = sequence.chunks * CHUNK_TOKENS;
+    list.horizon = sequence.chunks * CHUNK_TOKENS + sequence.skipped;
     list.listed = sequence.count;
     list.entries = sequence.length ? sequence.count + sequence.length - list.horizon : 0;
     list.resident = place.map == 0;

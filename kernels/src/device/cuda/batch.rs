@@ -123,7 +123,12 @@ impl BatchShape {
 
     /// Most attention blocks of a lane, of any number of entries.
     pub(super) fn attend_blocks(&self) -> usize {
-        self.max_entries.div_ceil(64).min(WAVE_BLOCKS.div_ceil(self.lanes())).max(1)
+        Self::most_blocks(self.max_entries, self.lanes())
+    }
+
+    /// Attention blocks of a lane, of up to `entries` entries.
+    pub(super) fn most_blocks(entries: usize, lanes: usize) -> usize {
+        entries.div_ceil(64).min(WAVE_BLOCKS.div_ceil(lanes)).max(1)
     }
 
     /// Values of a lane's partial results: by block, by query head of the group, output and two more.

@@ -39,6 +39,10 @@ pub struct SequenceState {
     pub append_to: u32,
     /// Rows of an attention block: a multiple of 64. Results depend on it, so it is a function of the length and the settings.
     pub block_rows: u32,
+    /// Rows from the horizon on that are not attended: of a window, which begins within a chunk.
+    pub skipped: u32,
+    /// Zero.
+    pub unused: u32,
 }
 
 /// Where one layer of the sequence in a batch slot lies on the device.

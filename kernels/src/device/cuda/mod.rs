@@ -31,6 +31,7 @@ pub mod store;
 pub mod streamed;
 pub mod timer;
 pub mod whole_cache;
+pub mod window;
 mod workspace;
 
 pub use cudarc::driver::CudaGraph;

@@ -31,6 +31,8 @@ struct SequenceState {
     u32 sinks;        // first rows that are always selected
     u32 append_to;    // host place of the chunk that the newest row is written to: segment << 16 | index; NOBODY: none
     u32 block_rows;   // rows of an attention block: a multiple of 64
+    u32 skipped;      // rows from the horizon on that are not attended: of a window, which begins within a chunk
+    u32 unused;
 };
 
 // Where one layer of the sequence in a batch slot lies on the device. In device memory.
