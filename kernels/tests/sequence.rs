@@ -7,6 +7,8 @@ mod offsets;
 mod support;
 #[path = "sequence/warm_up.rs"]
 mod warm_up;
+#[path = "sequence/windows.rs"]
+mod windows;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
