@@ -164,6 +164,11 @@ fn counts(counters: &Counters) -> Vec<Family> {
         one("sluice_selected_rows_total", "Rows selected by the daemon's own decoder.", &counters.selected_rows),
         totals("sluice_hot_rows_total", "Selected rows found in the hot pool (hit) or fetched (miss).", "result", &hot),
         totals("sluice_read_bytes_total", "Bytes that the daemon's own decoder read, by kind.", "kind", &read),
+        one(
+            "sluice_shared_label_bytes_total",
+            "Bytes of labels scored with other sequences of a step: each of them counts what is read once.",
+            &counters.label_bytes_shared,
+        ),
         totals("sluice_refused_requests_total", "Refused requests by reason.", "reason", &refused),
     ]
 }

@@ -13,13 +13,13 @@ use sluice_kernels::device::cuda::probe::Probe;
 use sluice_kernels::device::cuda::seat::Kept;
 use sluice_kernels::device::cuda::timer::Timer;
 use sluice_kernels::label::LabelPlan;
-use sluice_kernels::slot::CHUNK_TOKENS;
 
 use super::Section;
 use super::outcome::{Outcome, PartOutcome, StepOutcome};
 use super::prefill::prefill;
 use super::replay::{DrawnLanes, Hits, ReplayJob, Rule, replay_resized};
 use super::scene::{Scene, SparsePlan};
+use super::shared::shared;
 use super::step_graphs::StepGraphs;
 use super::trace::KeyTrace;
 use crate::report::show_progress;
@@ -121,6 +121,7 @@ impl<'a> Contest<'a> {
             Section::Token => self.tokens(),
             Section::Prefill => prefill(self.scene, self.rounds, &mut self.outcome),
             Section::Batch => self.batch(),
+            Section::Shared => self.shared(),
         }
     }
 
@@ -369,10 +370,16 @@ impl<'a> Contest<'a> {
         Ok(())
     }
 
+    /// Sequences with a common prefix, whose labels are read for each or once for all.
+    fn shared(&mut self) -> Result<()> {
+        let plans = [("n/64", self.sparse(64, 2.0, self.small()))];
+        shared(self.scene, &plans, self.rounds, &mut self.outcome)
+    }
+
     /// A step of everybody in one batch, beside what the link and the kernels alone would take, and a whole token of everybody.
     fn batch(&mut self) -> Result<()> {
         let Some(trace) = self.trace else { return Ok(()) };
-        let sequences = self.scene.host.places.len() * CHUNK_TOKENS / self.scene.context;
+        let sequences = self.scene.sequences;
         let probe = Probe::new(self.scene.gpu, self.scene.compiler)?;
         let weights = self.weights()?;
         for (denominator, pool) in [(16, 3.0), (64, 4.0)] {

@@ -7,6 +7,7 @@ pub mod prefill;
 pub mod recorded;
 pub mod replay;
 pub mod scene;
+pub mod shared;
 mod step_graphs;
 pub mod trace;
 
@@ -55,6 +56,8 @@ pub enum Section {
     Prefill,
     /// `--sequences` in one batch; only when asked for.
     Batch,
+    /// Two sequences and more with a common prefix, each scored alone and all jointly; only when asked for.
+    Shared,
 }
 
 /// Times a decode step on the GPU at long context, with the cache in host memory: parts, peers and floors, side by side.
@@ -81,6 +84,9 @@ pub struct GpuOptions {
     /// Sequences on the host, each of the context's length.
     #[arg(long, default_value_t = 1)]
     sequences: usize,
+    /// First tokens that all sequences have in common: a multiple of 256; the last chunk is each one's own.
+    #[arg(long, default_value = "0", value_name = "TOKENS")]
+    common_prefix: TokenCount,
     /// Number of the GPU.
     #[arg(long, default_value_t = 0)]
     ordinal: u32,
@@ -120,7 +126,7 @@ impl GpuOptions {
     }
 
     fn wants(&self, section: Section) -> bool {
-        if self.only.is_empty() { section != Section::Batch } else { self.only.contains(&section) }
+        if self.only.is_empty() { !matches!(section, Section::Batch | Section::Shared) } else { self.only.contains(&section) }
     }
 }
 
@@ -136,6 +142,13 @@ pub fn run(options: &GpuOptions) -> Result<()> {
     );
     ensure!((1..=100_000).contains(&options.rounds), "--rounds: {} is outside 1 to 100000", options.rounds);
     ensure!((1..=64).contains(&options.sequences), "--sequences: {} is outside 1 to 64", options.sequences);
+    let (chunks, common) = (context / CHUNK_TOKENS, options.common_prefix.0 / CHUNK_TOKENS);
+    ensure!(
+        options.common_prefix.0.is_multiple_of(CHUNK_TOKENS) && common <= chunks,
+        "--common-prefix: {} is not a multiple of 256 up to --context",
+        options.common_prefix.0
+    );
+    let common = common.min(chunks - 1);
     let shape = options.shape();
     shape.check().context("shape")?;
     let gpu = Gpu::open(options.ordinal)?;
@@ -143,8 +156,9 @@ pub fn run(options: &GpuOptions) -> Result<()> {
     let generator = Generator::new(&shape, options.seed);
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     show_progress("filling host memory", 0, 1);
-    let host = HostCache::fill(&gpu, &shape, &generator, options.sequences * context / CHUNK_TOKENS, options.seed, threads)?;
-    let scene = Scene { gpu: &gpu, compiler: &compiler, shape: &shape, generator: &generator, host: &host, context };
+    let host = HostCache::fill(&gpu, &shape, &generator, common + options.sequences * (chunks - common), options.seed, threads)?;
+    let sequences = options.sequences;
+    let scene = Scene { gpu: &gpu, compiler: &compiler, shape: &shape, generator: &generator, host: &host, context, sequences, common };
     let trace = options.trace.as_deref().map(KeyTrace::read).transpose()?;
     let mut contest = Contest::new(&scene, trace.as_ref(), options.rounds, options.gather_blocks)?;
     let sections = [
@@ -160,6 +174,7 @@ pub fn run(options: &GpuOptions) -> Result<()> {
         Section::Token,
         Section::Prefill,
         Section::Batch,
+        Section::Shared,
     ];
     for section in sections {
         if options.wants(section) {

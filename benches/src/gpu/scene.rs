@@ -36,6 +36,10 @@ pub struct Scene<'a> {
     pub host: &'a HostCache,
     /// Tokens of the sequence.
     pub context: usize,
+    /// Sequences on the host.
+    pub sequences: usize,
+    /// First chunks that all of them have in common.
+    pub common: usize,
 }
 
 /// What a sparse contestant is made of.
@@ -115,11 +119,24 @@ impl Scene<'_> {
         Ok(batch)
     }
 
+    /// Gives a sequence the label pages that the first one has for the chunks in common.
+    fn share_labels(&self, batch: &Batch, slot: usize) -> Result<()> {
+        let (first, seat) = (batch.seat(0).context("a seat")?, batch.seat(slot).context("a seat")?);
+        let pages: Vec<_> =
+            first.label_pages().into_iter().take(self.common).chain(seat.label_pages().into_iter().skip(self.common)).collect();
+        Ok(seat.set_label_pages(batch.stream(), 0, &pages)?)
+    }
+
     /// Copies the rows of chunks to where steps expect those from the horizon on.
     fn fetch_tail(&self, batch: &Batch, slot: usize, layer: usize, chunks: Range<usize>) -> Result<()> {
         let seat = batch.seat(slot).context("a seat")?;
-        let pages: Vec<&[u8]> = chunks.clone().map(|chunk| self.host.page(layer, slot * self.chunks() + chunk)).collect();
+        let pages: Vec<&[u8]> = chunks.clone().map(|chunk| self.host.page(layer, self.host_chunk(slot, chunk))).collect();
         Ok(seat.write_tail(batch.stream(), layer, chunks.start, &pages)?)
+    }
+
+    /// A chunk of a sequence, among those of the host: first what all have in common, then the others of one sequence after the other.
+    fn host_chunk(&self, slot: usize, chunk: usize) -> usize {
+        if chunk < self.common { chunk } else { slot * (self.chunks() - self.common) + chunk }
     }
 
     /// Chunks of a sequence.
@@ -156,14 +173,15 @@ impl Scene<'_> {
         let horizon = sparse.settings.horizon(self.context) / CHUNK_TOKENS;
         batch.set_host(&self.host.rows)?;
         for slot in 0..slots {
-            let places = &self.host.places[slot * chunks..(slot + 1) * chunks];
+            let places: Vec<u32> = (0..chunks).map(|chunk| self.host.places[self.host_chunk(slot, chunk)]).collect();
+            self.share_labels(&batch, slot)?;
             let pages: Vec<HostPage<'_>> = places[..horizon].iter().map(|&place| self.host.rows.host_page(place)).collect();
             for layer in 0..layers {
                 batch.make_labels(layer, batch.seat(slot).context("a seat")?, 0, &pages)?;
                 self.fetch_tail(&batch, slot, layer, horizon..chunks)?;
             }
             if let Some(seat) = batch.seat(slot) {
-                seat.set_host_places(batch.stream(), 0, places)?;
+                seat.set_host_places(batch.stream(), 0, &places)?;
             }
             let open = places[chunks - 1];
             // The last sequence's last chunk is the one that may be written.
@@ -188,7 +206,7 @@ impl Scene<'_> {
         batch.set_queries(batch_layer, &(0..slots).flat_map(query).collect::<Vec<f32>>())?;
         let mut newest = Vec::new();
         for slot in 0..slots {
-            let page = self.host.page(layer, slot * self.chunks() + last / CHUNK_TOKENS);
+            let page = self.host.page(layer, self.host_chunk(slot, last / CHUNK_TOKENS));
             newest.extend(
                 (0..geometry.heads.lanes()).flat_map(|lane| page[geometry.row_offset(lane, last)..][..geometry.row_bytes()].to_vec()),
             );

@@ -50,6 +50,8 @@ impl Steps for SessionSteps {
             gather: Duration::from_nanos(report.gather_ns),
             attend: Duration::from_nanos(report.attend_ns),
             fused: Duration::from_nanos(report.fused_ns),
+            // One sequence steps here.
+            shared_label_bytes: 0,
         })
     }
 

@@ -335,6 +335,7 @@ impl DecodeThread {
         counters.hot_misses.add(report.selected_rows - report.hot_rows);
         counters.row_bytes_read.add(report.row_bytes);
         counters.label_bytes_read.add(report.label_bytes);
+        counters.label_bytes_shared.add(report.shared_label_bytes);
     }
 
     fn count_device_bytes(&self) {

@@ -196,8 +196,10 @@ pub struct Counters {
     pub warmed_rows: Count,
     /// Bytes of rows that the daemon's own decoder read.
     pub row_bytes_read: Count,
-    /// Bytes of labels that the daemon's own decoder read.
+    /// Bytes of labels that the daemon's own decoder scored.
     pub label_bytes_read: Count,
+    /// Of these, in chunks that were read once for several sequences of a step.
+    pub label_bytes_shared: Count,
     /// One sequence and layer of a step, as a whole.
     pub step: Latency,
     /// Its scoring.

@@ -63,8 +63,10 @@ pub struct StepReport {
     pub hot_rows: u64,
     /// Bytes of rows read, selected and exact.
     pub row_bytes: u64,
-    /// Bytes of labels read.
+    /// Bytes of labels that were scored.
     pub label_bytes: u64,
+    /// Of these, in chunks that others of the batch have as well, so that they were read once for all of them.
+    pub shared_label_bytes: u64,
     /// Scoring labels.
     pub score: Duration,
     /// Choosing rows.
@@ -83,6 +85,7 @@ impl std::ops::AddAssign for StepReport {
         self.hot_rows += other.hot_rows;
         self.row_bytes += other.row_bytes;
         self.label_bytes += other.label_bytes;
+        self.shared_label_bytes += other.shared_label_bytes;
         self.score += other.score;
         self.select += other.select;
         self.gather += other.gather;

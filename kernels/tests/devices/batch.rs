@@ -97,8 +97,13 @@ impl Hosted {
     }
 
     fn fetch_tail(&self, batch: &Batch, chunks: Range<usize>) {
-        let pages: Vec<&[u8]> = self.places[chunks.clone()].iter().map(|&place| self.host.page(0, place)).collect();
-        batch.seat(0).expect("a seat").write_tail(batch.stream(), 0, chunks.start, &pages).expect("tail");
+        self.write_tail(batch, 0, chunks.start, &self.places[chunks]);
+    }
+
+    /// Brings the rows of chunks from `first` on, which lie at `places`, to where steps of a slot attend them.
+    pub(crate) fn write_tail(&self, batch: &Batch, slot: usize, first: usize, places: &[u32]) {
+        let pages: Vec<&[u8]> = places.iter().map(|&place| self.host.page(0, place)).collect();
+        batch.seat(slot).expect("a seat").write_tail(batch.stream(), 0, first, &pages).expect("tail");
     }
 
     /// Seats the sequence in a batch of its own, rows up to `length`.
@@ -139,15 +144,72 @@ impl Hosted {
             .collect()
     }
 
-    fn labels(&self, chunks: usize) -> Vec<Vec<u8>> {
+    fn labels(&self, chunks: &[usize]) -> Vec<Vec<u8>> {
         let geometry = &self.layer.geometry;
-        let label = |page: &Vec<u8>| {
+        let label = |&chunk: &usize| {
             let mut labels = vec![0; self.layer.shape.lanes * 256 * self.coder.plan.label_bytes()];
-            Reference.label(&LabelJob { geometry, page, coder: &self.coder }, &mut labels);
+            Reference.label(&LabelJob { geometry, page: &self.layer.pages[chunk], coder: &self.coder }, &mut labels);
             labels
         };
-        self.layer.pages[..chunks].iter().map(label).collect()
+        chunks.iter().map(label).collect()
     }
+
+    /// Keys are the reference's but for one step, positions are those of these keys, and outputs are those of these positions.
+    pub(crate) fn assert_as_the_reference(&self, what: &str, asked: &Asked<'_>, made: &Made) {
+        let Asked { chunks, length, settings, query } = *asked;
+        let (lanes, geometry) = (self.layer.shape.lanes, &self.layer.geometry);
+        let (horizon, count) = (settings.horizon(length), settings.selected_tokens(length));
+        let sinks = settings.sink_tokens.min(count as u32);
+        let labels = self.labels(&chunks[..horizon / 256]);
+        let labels: Vec<&[u8]> = labels.iter().map(Vec::as_slice).collect();
+        let mut expected = vec![0; lanes * horizon];
+        Reference.score(&ScoreJob { geometry, query, labels: &labels, coder: &self.coder }, &mut expected);
+        let mut keys = made.keys.clone();
+        for (index, (&key, &expected)) in keys.iter().zip(&expected).enumerate() {
+            let sink = index % horizon < sinks as usize;
+            assert!(if sink { key == u16::MAX } else { key.abs_diff(expected) <= 1 }, "{what}: key {index} is {key}, expected {expected}");
+        }
+        for lane in keys.chunks_exact_mut(horizon) {
+            lane[..sinks as usize].fill(0);
+        }
+        let mut positions = vec![0; lanes * count];
+        Reference.select(&SelectJob { keys: &keys, lanes, rows: horizon, count, sinks: sinks as usize }, &mut positions);
+        assert!(made.positions == positions, "{what}: positions");
+
+        let pages: Vec<&[u8]> = chunks.iter().map(|&chunk| &*self.layer.pages[chunk]).collect();
+        let job = AttendJob {
+            geometry,
+            query,
+            pages: &pages,
+            listed: &positions,
+            listed_per_lane: count,
+            exact_from: horizon,
+            exact_to: length,
+            hot: None,
+        };
+        let (mut expected, mut expected_lse) = (vec![0.0; made.output.len()], vec![0.0; made.lse.len()]);
+        Reference.attend(&job, &mut expected, &mut expected_lse);
+        let wide = |values: &[f32]| values.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+        assert_close(&format!("{what}: output"), &made.output, &wide(&expected), 1e-4);
+        assert_close(&format!("{what}: lse"), &made.lse, &wide(&expected_lse), 1e-4);
+    }
+}
+
+/// A step of a sequence that has some chunks of the layer.
+pub(crate) struct Asked<'a> {
+    pub(crate) chunks: &'a [usize],
+    pub(crate) length: usize,
+    pub(crate) settings: &'a Settings,
+    pub(crate) query: &'a [f32],
+}
+
+/// What a step of a sequence made.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Made {
+    pub(crate) keys: Vec<u16>,
+    pub(crate) positions: Vec<u32>,
+    pub(crate) output: Vec<f32>,
+    pub(crate) lse: Vec<f32>,
 }
 
 pub(crate) fn settings(denominator: u32) -> Settings {
@@ -187,47 +249,18 @@ fn a_step_selects_and_attends_as_the_reference_does() {
     for (seed, (shape, plan, denominator)) in cases.into_iter().enumerate() {
         let mut hosted = hosted(&gpu, shape, plan, 40 + seed as u64);
         let (length, settings) = (shape.tokens, settings(denominator));
-        let (horizon, count) = (settings.horizon(length), settings.selected_tokens(length));
+        let count = settings.selected_tokens(length);
         let query = hosted.layer.queries(1);
         let mut batch = hosted.seated(&gpu, &compiler, &hosted.shape(Kept::Pool(count + 7), count), length, &settings);
         let (output, lse) = step(&mut batch, &query, &hosted.newest(length));
 
-        let labels = hosted.labels(horizon / 256);
-        let labels: Vec<&[u8]> = labels.iter().map(Vec::as_slice).collect();
-        let mut expected = vec![0; shape.lanes * horizon];
-        let job = ScoreJob { geometry: &hosted.layer.geometry, query: &query, labels: &labels, coder: &hosted.coder };
-        Reference.score(&job, &mut expected);
-        let mut keys = batch.keys(0).expect("keys");
-        for (index, (&key, &expected)) in keys.iter().zip(&expected).enumerate() {
-            let sink = index % horizon < 4;
-            assert!(
-                if sink { key == u16::MAX } else { key.abs_diff(expected) <= 1 },
-                "{shape:?}: key {index} is {key}, expected {expected}"
-            );
-        }
-        for lane in keys.chunks_exact_mut(horizon) {
-            lane[..4].fill(0);
-        }
-        let mut positions = vec![0; shape.lanes * count];
-        Reference.select(&SelectJob { keys: &keys, lanes: shape.lanes, rows: horizon, count, sinks: 4 }, &mut positions);
-        assert!(batch.positions(0).expect("positions") == positions, "{shape:?}: positions");
-
-        let pages = hosted.layer.page_slices();
-        let job = AttendJob {
-            geometry: &hosted.layer.geometry,
-            query: &query,
-            pages: &pages,
-            listed: &positions,
-            listed_per_lane: count,
-            exact_from: horizon,
-            exact_to: length,
-            hot: None,
-        };
-        let (mut expected, mut expected_lse) = (vec![0.0; output.len()], vec![0.0; lse.len()]);
-        Reference.attend(&job, &mut expected, &mut expected_lse);
-        let wide = |values: &[f32]| values.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
-        assert_close(&format!("{shape:?}: output"), &output, &wide(&expected), 1e-4);
-        assert_close(&format!("{shape:?}: lse"), &lse, &wide(&expected_lse), 1e-4);
+        let made = Made { keys: batch.keys(0).expect("keys"), positions: batch.positions(0).expect("positions"), output, lse };
+        let chunks: Vec<usize> = (0..length.div_ceil(256)).collect();
+        hosted.assert_as_the_reference(
+            &format!("{shape:?}"),
+            &Asked { chunks: &chunks, length, settings: &settings, query: &query },
+            &made,
+        );
     }
 }
 

@@ -9,6 +9,7 @@ mod data;
 #[path = "../support/e4m3.rs"]
 mod e4m3;
 mod hot;
+mod joint;
 mod kind;
 mod label;
 mod many;

@@ -50,17 +50,18 @@ pub(crate) fn set_scales(shape: &mut ModelShape) {
 }
 
 pub(crate) fn calibration(shape: &ModelShape) -> Arc<Calibration> {
+    let dim = shape.layers[0].head_dim;
     let lane = |lane: usize| LaneCalibration {
         // Every lane has channels and ranges of its own, so that a mix-up shows.
-        order: (0..64).map(|channel| (channel * 5 + 11 * lane as u16) % 64).collect(),
-        magnitude: (0..64).map(|channel| 1.0 / (1.0 + channel as f32)).collect(),
-        low: (0..64).map(|channel| -2.0 - 0.01 * (channel + lane) as f32).collect(),
-        high: (0..64).map(|channel| 2.0 + 0.02 * (channel + 2 * lane) as f32).collect(),
+        order: (0..dim).map(|channel| (channel * 5 + 11 * lane as u16) % dim).collect(),
+        magnitude: (0..dim).map(|channel| 1.0 / (1.0 + f32::from(channel))).collect(),
+        low: (0..usize::from(dim)).map(|channel| -2.0 - 0.01 * (channel + lane) as f32).collect(),
+        high: (0..usize::from(dim)).map(|channel| 2.0 + 0.02 * (channel + 2 * lane) as f32).collect(),
     };
     let selected = shape.layers.iter().enumerate().filter(|(_, layer)| layer.kind == LaneKind::Selected);
     let layers = selected.map(|(layer, shape)| LayerCalibration { layer: layer as u16, lanes: (0..shape.lanes()).map(lane).collect() });
     let layers = layers.collect();
-    Arc::new(Calibration { version: 1, plan: LabelPlan::small(64), text_hash: String::new(), seed: 0, tokens: 0, layers })
+    Arc::new(Calibration { version: 1, plan: LabelPlan::small(dim), text_hash: String::new(), seed: 0, tokens: 0, layers })
 }
 
 /// The devices that every machine has, and the GPU where `SLUICE_TEST_DEVICES` names cuda; a machine without one then fails the tests.

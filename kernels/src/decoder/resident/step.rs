@@ -40,6 +40,15 @@ pub(super) enum Work {
     Window,
 }
 
+/// What a launch did for one of its sequences.
+#[derive(Clone, Copy, Default)]
+struct Done {
+    /// Selected rows that were hot.
+    hits: u64,
+    /// Chunks whose labels were scored for others as well.
+    common_chunks: usize,
+}
+
 impl ResidentDecoder {
     /// Positions that the last step selected, `[own lane][count]`: of its last sequence.
     pub(in crate::decoder) fn positions(&self) -> Result<Vec<u32>, CudaError> {
@@ -72,13 +81,15 @@ impl ResidentDecoder {
             waiting = others;
             let performed = match launch.work {
                 Work::Selected(work) => self.perform(layer, launch, work, items, &mut together),
-                Work::Window => self.perform_window(layer, launch, items, &mut together).map(|()| vec![0; together.len()]),
+                Work::Window => {
+                    self.perform_window(layer, launch, items, &mut together).map(|()| together.iter().map(|_| Done::default()).collect())
+                }
             };
             match performed {
-                Ok(hits) => {
-                    for (ready, hits) in together.into_iter().zip(hits) {
+                Ok(done) => {
+                    for (ready, done) in together.into_iter().zip(done) {
                         let item = &mut items[ready.index];
-                        results[ready.index] = Ok(Some(report_of(layer, item, hits)));
+                        results[ready.index] = Ok(Some(report_of(layer, item, done)));
                         item.sequence.put_resident(ready.resident);
                     }
                 }
@@ -129,7 +140,7 @@ impl ResidentDecoder {
         self.groups[group].slots()
     }
 
-    /// Performs one launch; answers with the selected rows that were hot.
+    /// Performs one launch.
     fn perform(
         &mut self,
         layer: usize,
@@ -137,7 +148,7 @@ impl ResidentDecoder {
         work: LayerWork,
         items: &mut [Item<'_>],
         together: &mut [Ready],
-    ) -> Result<Vec<u64>, CudaError> {
+    ) -> Result<Vec<Done>, CudaError> {
         let group = &mut self.groups[launch.group];
         let seats: Vec<_> = together.iter().map(|ready| &ready.resident.parts[ready.part].seat).collect();
         let slots = group.seat_all(&seats)?;
@@ -167,30 +178,31 @@ impl ResidentDecoder {
             if work == LayerWork::Sparse {
                 of_part.balance.count(launch.layer * result.counts.len(), result.counts);
             }
-            result.hits()
+            Done { hits: result.hits(), common_chunks: group.step.batch().common_chunks_of(slot) }
         };
-        let hits = together.iter_mut().zip(&slots).map(take).collect();
+        let done = together.iter_mut().zip(&slots).map(take).collect();
         for (ready, &slot) in together.iter_mut().zip(&slots).filter(|_| work == LayerWork::Sparse) {
             let (most_selected, of_part) = (ready.resident.max_count, &mut ready.resident.parts[ready.part]);
             if launch.layer + 1 == of_part.layers.len() {
                 of_part.end_step(group.step.batch_mut(), slot, most_selected)?;
             }
         }
-        Ok(hits)
+        Ok(done)
     }
 }
 
 /// What a step cost, but for its time.
-fn report_of(layer: usize, item: &Item<'_>, hits: u64) -> StepReport {
+fn report_of(layer: usize, item: &Item<'_>, done: Done) -> StepReport {
     let lanes = item.part.geometry.heads.lanes();
     let sparse = item.plan.count > 0;
     let exact_rows = item.query.position + 1 - item.plan.exact_from;
     let label_bytes = item.sequence.coder(layer).map_or(0, |coder| coder.plan.label_bytes());
     StepReport {
         selected_rows: (lanes * item.plan.count) as u64,
-        hot_rows: hits,
+        hot_rows: done.hits,
         row_bytes: (lanes * (item.plan.count + exact_rows) * item.part.geometry.row_bytes()) as u64,
         label_bytes: if sparse { (lanes * item.plan.horizon * label_bytes) as u64 } else { 0 },
+        shared_label_bytes: (lanes * done.common_chunks * CHUNK_TOKENS * label_bytes) as u64,
         ..StepReport::default()
     }
 }

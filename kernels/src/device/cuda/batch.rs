@@ -15,6 +15,7 @@ use super::cut::Cut;
 use super::error::{CudaError, Doing};
 use super::host::{HostPage, HostPart, HostRows, HostSegment};
 use super::jobs::{ABOVE_WORDS, BINS, LayerPlace, NOBODY, PARTS, SAMPLE_SUMS, SequenceState, StepJob};
+use super::joint::{CommonChunks, Joins, JointKernels};
 use super::label::Labeller;
 use super::module::Specialisation;
 use super::open::Gpu;
@@ -83,18 +84,18 @@ struct Layer {
 
 /// Seats and the step over them.
 pub struct Batch {
-    shape: BatchShape,
+    pub(super) shape: BatchShape,
     stream: Arc<CudaStream>,
-    pipeline: Pipeline,
+    pub(super) pipeline: Pipeline,
     layers: Vec<Layer>,
     /// By layer, by slot.
-    jobs: Vec<Vec<StepJob>>,
+    pub(super) jobs: Vec<Vec<StepJob>>,
     /// `[slot][layer]`.
     places: DeviceBuffer<LayerPlace>,
-    seats: Vec<Option<Arc<Seat>>>,
+    pub(super) seats: Vec<Option<Arc<Seat>>>,
     /// By number: segments that planes name, kept for as long.
     segments: Vec<Option<Arc<HostSegment>>>,
-    states: PinnedBuffer<SequenceState>,
+    pub(super) states: PinnedBuffer<SequenceState>,
     device_states: DeviceBuffer<SequenceState>,
     /// `[layer][slot][query head][head_dim]`, and the outputs.
     queries: DeviceBuffer<f32>,
@@ -108,6 +109,9 @@ pub struct Batch {
     trace: DeviceBuffer<u16>,
     moves: DeviceBuffer<BlockMove>,
     workspace: Workspace,
+    /// Who is scored with whom.
+    pub(super) joins: Joins,
+    pub(super) common: CommonChunks,
 }
 
 impl BatchShape {
@@ -178,9 +182,12 @@ impl Batch {
         let heads = shape.geometry.heads.query_heads();
         let context = &gpu.context;
         let (all, values) = (layers.len() * shape.slots, layers.len() * shape.slots * heads);
+        // Traces replace the keys of one sequence at a time.
+        let joint =
+            if shape.slots > 1 && !specialisation.replays_trace { JointKernels::load(gpu, compiler, &specialisation)? } else { None };
         let blocks = StepBlocks { lanes: shape.lanes(), gather: shape.gather_blocks, attend: shape.attend_blocks() };
         let mut batch = Self {
-            pipeline: Pipeline::new(gpu, kernels, stream, blocks, shape.slots)?,
+            pipeline: Pipeline::new(gpu, kernels, joint, stream, blocks, shape.slots)?,
             places: DeviceBuffer::zeroed(stream, all)?,
             layers: Vec::with_capacity(layers.len()),
             jobs: Vec::new(),
@@ -196,6 +203,8 @@ impl Batch {
             trace: DeviceBuffer::zeroed(stream, all * shape.lanes() * shape.trace_rows.unwrap_or(0))?,
             moves: DeviceBuffer::uninitialised(context, MAX_MOVES)?,
             workspace: Workspace::new(stream, shape)?,
+            joins: Joins::default(),
+            common: CommonChunks::default(),
             shape: BatchShape { geometry: shape.geometry.unscaled(), ..shape.clone() },
             stream: Arc::clone(stream),
         };
@@ -498,6 +507,7 @@ impl Batch {
     /// # Errors
     /// A failed copy.
     pub fn send_states(&mut self) -> Result<(), CudaError> {
+        self.note_common_chunks();
         // SAFETY: the states are pinned, belong to this value, and are changed after the stream was waited for or by set_length, whose
         // callers step once per change.
         unsafe { self.device_states.write_async(&self.stream, 0, &self.states) }
@@ -550,7 +560,7 @@ impl Batch {
     /// A failed launch.
     pub fn enqueue_layer(&self, layer: usize, slots: Range<usize>, cut: Cut) -> Result<(), CudaError> {
         // SAFETY: every address of the jobs is of a buffer of this value or of a seat or segment that it keeps.
-        unsafe { self.pipeline.sparse_layer(&self.jobs[layer][slots], cut) }
+        unsafe { self.pipeline.sparse_layer(&self.jobs[layer], slots, cut, &self.joins) }
     }
 
     /// Enqueues the exact attention of one layer of some slots over all rows kept: for steps that select nothing, or everything of

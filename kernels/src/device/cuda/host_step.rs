@@ -10,6 +10,7 @@ use super::batch::Batch;
 use super::buffer::PinnedBuffer;
 use super::cut::Cut;
 use super::error::{CudaError, Doing};
+use super::joint::Joins;
 use super::open::Gpu;
 
 /// What a layer of a step does.
@@ -30,7 +31,11 @@ struct LayerKey {
     work: LayerWork,
     slots: Range<usize>,
     cut: Cut,
+    joins: Joins,
 }
+
+/// Graphs of a layer that are kept: a batch whose slots are filled in ever new ways begins again.
+const MOST_GRAPHS: usize = 64;
 
 /// A captured layer.
 struct LayerGraph(CudaGraph);
@@ -113,7 +118,9 @@ impl HostStep {
     /// # Errors
     /// A copy or launch that the driver refuses, or a failure of the device.
     pub fn perform(&mut self, layer: usize, work: LayerWork, slots: Range<usize>) -> Result<(), CudaError> {
-        let key = LayerKey { layer, work, cut: self.cut(layer, work, &slots), slots };
+        let joins = if work == LayerWork::Sparse { self.batch.joins_of(slots.clone()) } else { Joins::default() };
+        self.batch.join(joins.clone())?;
+        let key = LayerKey { layer, work, cut: self.cut(layer, work, &slots), slots, joins };
         self.capture(&key)?;
         let slots = key.slots.clone();
         let geometry = &self.batch.shape().geometry;
@@ -156,7 +163,10 @@ impl HostStep {
 
     fn capture(&mut self, key: &LayerKey) -> Result<(), CudaError> {
         if !self.graphs.contains_key(key) {
-            let LayerKey { layer, work, slots, cut } = key.clone();
+            if self.graphs.len() >= MOST_GRAPHS * self.batch.layers() {
+                self.graphs.clear();
+            }
+            let LayerKey { layer, work, slots, cut, .. } = key.clone();
             let graph = self.batch.capture(|| match work {
                 LayerWork::Sparse => self.batch.enqueue_layer(layer, slots.clone(), cut),
                 LayerWork::Exact => self.batch.enqueue_dense_layer(layer, slots.clone()),

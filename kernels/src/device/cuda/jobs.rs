@@ -41,8 +41,8 @@ pub struct SequenceState {
     pub block_rows: u32,
     /// Rows from the horizon on that are not attended: of a window, which begins within a chunk.
     pub skipped: u32,
-    /// Zero.
-    pub unused: u32,
+    /// First chunks whose labels are those of every sequence that is scored jointly with this one.
+    pub common: u32,
 }
 
 /// Where one layer of the sequence in a batch slot lies on the device.
@@ -133,6 +133,21 @@ pub struct Arrivals {
     pub select: u32,
     /// To the end of attention.
     pub attend: u32,
+    /// Zero.
+    pub unused: u32,
+}
+
+/// Sequences whose labels one launch scores jointly at most (joint.cu).
+pub const MOST_MEMBERS: usize = 4;
+
+/// The score of one layer for several sequences that have their first chunks in common.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct JointJob {
+    /// By member; those beyond the last are the first.
+    pub jobs: [StepJob; MOST_MEMBERS],
+    /// Members.
+    pub members: u32,
     /// Zero.
     pub unused: u32,
 }

@@ -13,6 +13,7 @@ pub mod error;
 pub mod host;
 pub mod host_step;
 pub mod jobs;
+pub mod joint;
 pub mod label;
 pub mod label_pages;
 pub mod many;

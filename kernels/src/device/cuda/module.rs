@@ -86,6 +86,8 @@ pub enum Source {
     Label,
     /// Labels to importance keys.
     Score,
+    /// The same of several sequences.
+    Joint,
     /// Keys to selected positions.
     Select,
     /// The gather of missing rows.
@@ -101,19 +103,21 @@ pub enum Source {
 }
 
 /// What the sources include.
-const HEADERS: [(&str, &str); 7] = [
+const HEADERS: [(&str, &str); 8] = [
     ("common.cuh", include_str!("common.cuh")),
     ("append.cuh", include_str!("append.cuh")),
     ("meet.cuh", include_str!("meet.cuh")),
     ("mma.cuh", include_str!("mma.cuh")),
     ("types.cuh", include_str!("types.cuh")),
     ("sample.cuh", include_str!("sample.cuh")),
+    ("scan.cuh", include_str!("scan.cuh")),
     ("tile.cuh", include_str!("tile.cuh")),
 ];
 
 impl Source {
     /// Every source.
-    pub const ALL: [Self; 8] = [Self::Label, Self::Score, Self::Select, Self::Hot, Self::Attend, Self::Many, Self::Arrange, Self::Probe];
+    pub const ALL: [Self; 9] =
+        [Self::Label, Self::Score, Self::Joint, Self::Select, Self::Hot, Self::Attend, Self::Many, Self::Arrange, Self::Probe];
 
     /// File name.
     #[must_use]
@@ -121,6 +125,7 @@ impl Source {
         match self {
             Self::Label => "label.cu",
             Self::Score => "score.cu",
+            Self::Joint => "joint.cu",
             Self::Select => "select.cu",
             Self::Hot => "hot.cu",
             Self::Attend => "attend.cu",
@@ -134,6 +139,7 @@ impl Source {
         match self {
             Self::Label => include_str!("label.cu"),
             Self::Score => include_str!("score.cu"),
+            Self::Joint => include_str!("joint.cu"),
             Self::Select => include_str!("select.cu"),
             Self::Hot => include_str!("hot.cu"),
             Self::Attend => include_str!("attend.cu"),
@@ -147,7 +153,7 @@ impl Source {
     #[must_use]
     pub fn needs_plan(self) -> bool {
         match self {
-            Self::Label | Self::Score => true,
+            Self::Label | Self::Score | Self::Joint => true,
             Self::Select | Self::Hot | Self::Attend | Self::Many | Self::Arrange | Self::Probe => false,
         }
     }
@@ -159,6 +165,11 @@ impl Source {
             Self::Arrange => vec![("ARRANGE_JOB_BYTES", size_of::<append::ArrangeJob>())],
             Self::Probe => vec![("READ_JOB_BYTES", size_of::<probe::ReadJob>())],
             Self::Score | Self::Select | Self::Attend => step_bytes(),
+            Self::Joint => {
+                let mut bytes = step_bytes();
+                bytes.push(("JOINT_JOB_BYTES", size_of::<jobs::JointJob>()));
+                bytes
+            }
             Self::Hot => {
                 let mut bytes = step_bytes();
                 bytes.extend([("BLOCK_MOVE_BYTES", size_of::<store::BlockMove>()), ("MOVE_JOB_BYTES", size_of::<step::MoveJob>())]);
@@ -178,7 +189,7 @@ impl Source {
         if self == Self::Many {
             options.extend(many::Tiles::new(specialisation.head_dim, specialisation.row_type, target).options());
         }
-        if self == Self::Score {
+        if matches!(self, Self::Score | Self::Joint) {
             options.extend(Rings::new(specialisation, target).options());
         }
         if self == Self::Attend {

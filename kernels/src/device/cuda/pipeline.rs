@@ -5,6 +5,7 @@
 //! the bits that it has alone. Parts are scored one after the other, because the link waits for the first of them; from there on each goes
 //! its own way.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaEvent, CudaStream};
@@ -12,6 +13,7 @@ use cudarc::driver::{CudaEvent, CudaStream};
 use super::cut::Cut;
 use super::error::{CudaError, Doing};
 use super::jobs::{PARTS, StepJob};
+use super::joint::{Joins, JointKernels};
 use super::open::Gpu;
 use super::step::{MOST_SCORE_BLOCKS, StepGrid, StepKernels, score_blocks_of_lane};
 
@@ -29,6 +31,8 @@ pub(super) struct Pipeline {
     kernels: StepKernels,
     /// The same for launches that several others come before.
     apart: StepKernels,
+    /// Where batches have several slots.
+    joint: Option<JointKernels>,
     blocks: StepBlocks,
     /// Blocks of the score kernel where nothing else runs, and beside other parts: there one a processor, so that both have room.
     score_alone: usize,
@@ -50,6 +54,7 @@ impl Pipeline {
     pub(super) fn new(
         gpu: &Gpu,
         kernels: StepKernels,
+        joint: Option<JointKernels>,
         stream: &Arc<CudaStream>,
         blocks: StepBlocks,
         slots: usize,
@@ -65,6 +70,7 @@ impl Pipeline {
             score_alone: kernels.score_blocks(),
             score_beside: kernels.score_blocks().min(gpu.processors as usize),
             apart: kernels.apart(),
+            joint,
             kernels,
             blocks,
             streams,
@@ -87,23 +93,30 @@ impl Pipeline {
         self.grid(self.score_alone, self.blocks.lanes)
     }
 
-    /// One layer of a sparse step of some sequences.
+    /// Sequences that are scored jointly at most.
+    pub(super) fn most_members(&self) -> usize {
+        self.joint.as_ref().map_or(1, JointKernels::most_members)
+    }
+
+    /// One layer of a sparse step of some slots, of which some are scored jointly, before all others.
     ///
     /// # Safety
     /// As [`super::module::Kernel::launch`], for every job; so for all launches of this type.
     ///
     /// # Errors
     /// A launch that the driver refuses; so for all launches of this type.
-    pub(super) unsafe fn sparse_layer(&self, jobs: &[StepJob], cut: Cut) -> Result<(), CudaError> {
-        let parts = cut.parts(jobs.len(), self.blocks.lanes);
-        if let ([job], [_]) = (jobs, &*parts) {
+    pub(super) unsafe fn sparse_layer(&self, jobs: &[StepJob], slots: Range<usize>, cut: Cut, joins: &Joins) -> Result<(), CudaError> {
+        let (first, parts) = (slots.start, cut.parts(slots.len(), self.blocks.lanes));
+        if let ([job], [_]) = (&jobs[slots], &*parts) {
             // SAFETY: the caller's promise.
             return unsafe { self.kernels.sparse_layer(&self.streams[0], &self.alone(), job) };
         }
         let joining = "joining streams";
+        // SAFETY: the caller's promise.
+        unsafe { self.joint_scores(jobs, joins)? };
         for (number, part) in parts.iter().enumerate() {
             let stream = &self.streams[number % self.streams.len()];
-            let job = StepJob { first_lane: part.lanes.start as u32, lane_count: part.lanes.len() as u32, ..jobs[part.slot] };
+            let job = StepJob { first_lane: part.lanes.start as u32, lane_count: part.lanes.len() as u32, ..jobs[first + part.slot] };
             // Kernels that come early take places and wait: beside a gather they would keep it from starting.
             let (early, grid) = match number {
                 0 => (&self.kernels, self.grid(self.score_alone, part.lanes.len())),
@@ -114,7 +127,9 @@ impl Pipeline {
             }
             // SAFETY: the caller's promise; parts have nothing in common that a launch writes.
             unsafe {
-                self.apart.score(stream, &grid, &job)?;
+                if !joins.has(first + part.slot) {
+                    self.apart.score(stream, &grid, &job)?;
+                }
                 self.scored[number].record(stream).doing(joining)?;
                 early.select(stream, &grid, &job)?;
                 self.apart.gather(stream, &grid, &job)?;
@@ -123,6 +138,31 @@ impl Pipeline {
             self.attended[number].record(stream).doing(joining)?;
         }
         self.attended[..parts.len()].iter().try_for_each(|attended| self.streams[0].wait(attended).doing(joining))
+    }
+
+    /// The joint scores among those of a layer.
+    unsafe fn joint_scores(&self, jobs: &[StepJob], joins: &Joins) -> Result<(), CudaError> {
+        let Some(kernels) = &self.joint else { return Ok(()) };
+        joins.iter().try_for_each(|join| {
+            let members: Vec<&StepJob> = join.iter().map(|&slot| &jobs[slot]).collect();
+            // SAFETY: the caller's promise.
+            unsafe { kernels.score(&self.streams[0], self.blocks.lanes, &members) }
+        })
+    }
+
+    /// The scores of one layer of several sequences alone.
+    ///
+    /// # Safety
+    /// As [`Pipeline::sparse_layer`].
+    ///
+    /// # Errors
+    /// As [`Pipeline::sparse_layer`].
+    pub(super) unsafe fn scores(&self, jobs: &[StepJob], slots: Range<usize>, joins: &Joins) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.joint_scores(jobs, joins)?;
+            slots.filter(|&slot| !joins.has(slot)).try_for_each(|slot| self.kernels.score(&self.streams[0], &self.alone(), &jobs[slot]))
+        }
     }
 
     /// The exact attention of one layer of several sequences.

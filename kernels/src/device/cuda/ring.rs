@@ -12,7 +12,7 @@ const MOST_BYTES: usize = 2048;
 /// Units of a run at most.
 const MOST_UNITS: usize = 4;
 
-/// The rings of score.cu.
+/// The rings of score.cu and joint.cu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Rings {
     /// Units of a run, which is a stage.
@@ -44,7 +44,7 @@ impl Rings {
         Self { run, stages, run_bytes: run * unit * label_bytes }
     }
 
-    /// Dynamic shared memory of the score kernel.
+    /// Dynamic shared memory of the kernels that pass over labels.
     pub(super) fn shared_bytes(&self) -> usize {
         SCORE_THREADS / 32 * self.stages * self.run_bytes
     }

@@ -58,11 +58,14 @@ constexpr u32 A_UNIT = 2 * LOADS;
 // Sums of sampled units that a head has at most, one a warp.
 constexpr u32 UNIT_SUMS = SAMPLE_SUMS * WARPS;
 
+// Bytes for a warp's sampled unit, where they suffice.
+constexpr u32 WARP_UNIT = BINS * 4 / WARPS;
+
 // Room that the block's threads share.
 struct Room {
     // First a warp's sampled unit, where it fits, then the histogram.
     union {
-        __align__(16) u8 units[WARPS][BINS * 4 / WARPS];
+        __align__(16) u8 units[WARPS][WARP_UNIT];
         u32 bins[BINS];
     };
     Coder coder;
@@ -79,7 +82,7 @@ __device__ __forceinline__ auto read_from(u32 stage, const u8* labels) {
     if constexpr (STAGED) return stage;
     else return labels;
 }
-constexpr bool UNIT_FITS = UNIT_BYTES <= BINS * 4 / WARPS;
+constexpr bool UNIT_FITS = UNIT_BYTES <= WARP_UNIT;
 
 // The place of a sampled block's labels.
 __device__ __forceinline__ const u8* sampled_labels(const SequenceState& sequence, const LayerPlace& place, const Sample rows, u32 index, u32 lane) {
@@ -109,11 +112,11 @@ __device__ __forceinline__ SampleUnits units_of(const Sample rows) {
 }
 
 // Scores units `first` to `end`, and writes each head's sum of powers to `to`, [head][WARPS]. By a warp.
-__device__ __forceinline__ void sum_units(const SequenceState& sequence, const LayerPlace& place, const Sample rows, u32 first, u32 end, u32 lane, u8* room, const Fragments& fragments, bool asked, PowerSum* to) {
+__device__ __forceinline__ void sum_units(const SequenceState& sequence, const LayerPlace& place, const Sample rows, u32 first, u32 end, u32 lane, u8* room, const Fragments<Alone>& fragments, bool asked, PowerSum* to) {
     const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    PowerSum sums[COLUMN_TILES][2];
+    PowerSum sums[HEAD_TILES][2];
 #pragma unroll
-    for (u32 tile = 0; tile < COLUMN_TILES; tile++) sums[tile][0] = sums[tile][1] = {LOWEST, 0.0f};
+    for (u32 tile = 0; tile < HEAD_TILES; tile++) sums[tile][0] = sums[tile][1] = {LOWEST, 0.0f};
     for (u32 unit = first; unit < end; unit++) {
         if constexpr (UNIT_FITS) {
             if (unit > first || !asked) {
@@ -130,14 +133,14 @@ __device__ __forceinline__ void sum_units(const SequenceState& sequence, const L
             const u32 block = 2 * load + g / 4;
             from[load] = read_from<UNIT_FITS>(shared_address(room) + block * 16 * LABEL_BYTES, sampled_labels(sequence, place, rows, unit * A_UNIT + block, lane));
         }
-        const Scores scores = scores_of(sums_of_unit(from, fragments), fragments);
+        const Scores<Alone> scores = scores_of(CodesInPlace<Alone, decltype(read_from<UNIT_FITS>(0, nullptr))>{from, fragments.shifts}, 0, fragments);
 #pragma unroll
-        for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
+        for (u32 tile = 0; tile < HEAD_TILES; tile++) {
 #pragma unroll
-            for (u32 sum = 0; sum < SUMS; sum++) {
+            for (u32 sum = 0; sum < Alone::SUMS; sum++) {
 #pragma unroll
                 for (u32 i = 0; i < 4; i++) {
-                    const u32 index = unit * A_UNIT + row_of(sum, i % 2) / 16;
+                    const u32 index = unit * A_UNIT + row_of<Alone>(sum, i % 2) / 16;
                     const float weight = sampled_block(rows, min(index, rows.blocks - 1)).weight;
                     if (index < rows.blocks) sums[tile][i % 2] = joined(sums[tile][i % 2], {scores.x[tile][sum][i] + weight, 1.0f});
                 }
@@ -146,7 +149,7 @@ __device__ __forceinline__ void sum_units(const SequenceState& sequence, const L
     }
     // Threads whose columns are of one head: the same t (all g), and every PADDED / 2 threads of them.
 #pragma unroll
-    for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
+    for (u32 tile = 0; tile < HEAD_TILES; tile++) {
 #pragma unroll
         for (u32 column = 0; column < 2; column++) {
             PowerSum& own = sums[tile][column];
@@ -165,6 +168,9 @@ __device__ __forceinline__ void sum_units(const SequenceState& sequence, const L
     }
 }
 
+// Arrivals that a launch counts, whatever its blocks: how many launches there were is in the upper bits.
+constexpr u32 LAUNCH_ARRIVALS = 128;
+
 // A log-sum-exp that blocks give each other: its bits, and above them the launch that it is of, so that it needs no other signal.
 __device__ __forceinline__ void give(u64* to, float lse, u32 launch) {
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"((u64)launch << 32 | __float_as_uint(lse)) : "memory");
@@ -175,6 +181,14 @@ __device__ __forceinline__ float take(const u64* from, u32 launch) {
     do asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
     while ((u32)(word >> 32) != launch);
     return __uint_as_float((u32)word);
+}
+
+// Waits until all blocks have arrived that the launch has, `before` of which the usher was told.
+__device__ __forceinline__ void await_arrivals(const u32* arrivals, const u32& before) {
+    const u32 wanted = (before / LAUNCH_ARRIVALS + 1) * LAUNCH_ARRIVALS;
+    u32 now;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrivals) : "memory");
+    while ((int)(now - wanted) < 0);
 }
 
 // Gives the log-sum-exps (log2) of the sums that the block's warps made together. `to`: [head][SAMPLE_SUMS].
@@ -188,17 +202,61 @@ __device__ __forceinline__ void give_sums(const Room& room, u64* to) {
     }
 }
 
-// Log-sum-exps of the lane's heads from those of `count` sums of all blocks, by the first warps; a barrier is to follow.
-__device__ __forceinline__ void take_lse(const u64* from, u32 count, Room& room) {
+// The log-sum-exp of a head from those of `count` sums of all blocks, by a warp.
+__device__ __forceinline__ void take_lse_of_head(const u64* from, u32 count, const u32& launch, float& to) {
     static_assert(SAMPLE_SUMS == 64, "two a thread");
-    for (u32 head = threadIdx.x / 32; head < GROUP; head += WARPS) {
-        const u32 own = threadIdx.x % 32;
-        const float first = own < count ? take(from + head * SAMPLE_SUMS + own, room.launch) : LOWEST;
-        const float second = own + 32 < count ? take(from + head * SAMPLE_SUMS + own + 32, room.launch) : LOWEST;
-        const float largest = warp_max(fmaxf(first, second));
-        float sum = exp2_fast(first - largest) + exp2_fast(second - largest);
+    const u32 own = threadIdx.x % 32;
+    const float first = own < count ? take(from + own, launch) : LOWEST;
+    const float second = own + 32 < count ? take(from + own + 32, launch) : LOWEST;
+    const float largest = warp_max(fmaxf(first, second));
+    float sum = exp2_fast(first - largest) + exp2_fast(second - largest);
 #pragma unroll
-        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
-        if (own == 0) room.lse[head] = largest + log2f(sum);
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+    if (own == 0) to = largest + log2f(sum);
+}
+
+// Those of the lane's heads, by the first warps; a barrier is to follow.
+__device__ __forceinline__ void take_lse(const u64* from, u32 count, Room& room) {
+    for (u32 head = threadIdx.x / 32; head < GROUP; head += WARPS) take_lse_of_head(from + head * SAMPLE_SUMS, count, room.launch, room.lse[head]);
+}
+
+// Whose thread counts the block.
+constexpr u32 USHER = SCORE_THREADS - 32;
+
+// Clears what blocks of the lane, and the kernels after this one, count in, and counts the block: whoever adds to it does so after all have
+// arrived. By a warp, whose first thread learns of the arrivals before.
+__device__ __forceinline__ void begin_counts(const StepJob& job, const u64& own_lane, const u32& sums_given, u64* const& given, u32* const& arrivals, u32& before) {
+    for (u32 bin = blockIdx.x * 32 + threadIdx.x % 32; bin < BINS; bin += gridDim.x * 32) {
+        reinterpret_cast<u32*>(job.histogram)[own_lane * BINS + bin] = 0;
+        reinterpret_cast<u32*>(job.victim_bins)[own_lane * BINS + bin] = 0;
+    }
+    if (blockIdx.x == 0) {
+        // Sums that are not given are of no launch.
+        for (u32 sum = sums_given + threadIdx.x % 32; sum < SAMPLE_SUMS; sum += 32)
+            for (u32 head = 0; head < GROUP; head++) given[head * SAMPLE_SUMS + sum] = 0;
+        if (threadIdx.x % 32 == 0) reinterpret_cast<VictimCounts*>(job.victim_counts)[own_lane] = {};
+    }
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+        const u32 counts = blockIdx.x == 0 ? LAUNCH_ARRIVALS - (gridDim.x - 1) : 1;
+        asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(arrivals), "r"(counts) : "memory");
+    }
+}
+
+// Sums the block's part of the sample and gives the sums. The labels of unit `own_sum` of each warp are asked for.
+__device__ __forceinline__ void sum_sample(const SequenceState& sequence, const LayerPlace& place, const Sample& rows, const SampleUnits& units, const u32& lane, const u32& before, const Fragments<Alone>& fragments, const u32& own_sum, u64* const& given, Room& room) {
+    const u32 warp = threadIdx.x / 32;
+    for (u32 first = blockIdx.x * WARPS;; first += gridDim.x * WARPS) {
+        const u32 sum = first + warp;
+        if (sum < units.sums) {
+            sum_units(sequence, place, rows, sum * units.each, min(units.count, (sum + 1) * units.each), lane, room.units[warp], fragments, sum == own_sum, &room.sums[0][warp]);
+        } else if (threadIdx.x % 32 == 0) {
+            for (u32 head = 0; head < GROUP; head++) room.sums[head][warp] = {LOWEST, 0.0f};
+        }
+        if (threadIdx.x == USHER) room.launch = before / LAUNCH_ARRIVALS + 1;
+        __syncthreads();
+        if (first < units.sums) give_sums(room, given + first / WARPS);
+        if (first + gridDim.x * WARPS >= units.sums) break;
+        __syncthreads();
     }
 }

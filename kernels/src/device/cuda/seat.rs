@@ -4,6 +4,7 @@
 //! Labels of a chunk may lie in a page that other seats hold as well.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use cudarc::driver::CudaStream;
 use parking_lot::Mutex;
@@ -163,6 +164,12 @@ pub(super) fn bound(field: &'static str, value: usize, low: usize, high: usize) 
     if fits { Ok(()) } else { Err(CudaError::Bound { field, value: value as u64, low: low as u64, high: high as u64 }) }
 }
 
+/// A number that was not given before.
+fn next_version() -> u64 {
+    static GIVEN: AtomicU64 = AtomicU64::new(0);
+    GIVEN.fetch_add(1, Ordering::Relaxed)
+}
+
 /// One layer's memory.
 #[derive(Debug)]
 struct SeatLayer {
@@ -193,6 +200,8 @@ pub struct Seat {
     label_layer_bytes: u64,
     /// By chunk: the pages that `label_places` names, kept for as long.
     label_pages: Mutex<Vec<Arc<LabelPage>>>,
+    /// Another number after each change of these, and in each seat.
+    label_version: AtomicU64,
 }
 
 impl Seat {
@@ -222,6 +231,7 @@ impl Seat {
             label_places: DeviceBuffer::zeroed(stream, shape.chunks())?,
             label_layer_bytes: slab.layer_bytes(),
             label_pages: Mutex::default(),
+            label_version: AtomicU64::new(next_version()),
         })
     }
 
@@ -256,6 +266,7 @@ impl Seat {
         let mut held = self.label_pages.lock();
         held.truncate(first);
         held.extend_from_slice(pages);
+        self.label_version.store(next_version(), Ordering::Relaxed);
         Ok(())
     }
 
@@ -263,6 +274,20 @@ impl Seat {
     #[must_use]
     pub fn label_pages(&self) -> Vec<Arc<LabelPage>> {
         self.label_pages.lock().clone()
+    }
+
+    /// What tells this state of the label pages from all others, of any seat.
+    pub(super) fn label_version(&self) -> u64 {
+        self.label_version.load(Ordering::Relaxed)
+    }
+
+    /// First chunks whose label pages another seat has as well.
+    pub(super) fn common_label_pages(&self, other: &Self) -> usize {
+        if std::ptr::eq(self, other) {
+            return self.label_pages.lock().len();
+        }
+        let (own, others) = (self.label_pages.lock(), other.label_pages.lock());
+        own.iter().zip(others.iter()).take_while(|(own, other)| Arc::ptr_eq(own, other)).count()
     }
 
     pub(super) fn label_places_address(&self) -> u64 {

@@ -1,9 +1,9 @@
 // Label scores of a unit of rows on tensor cores: packed codes are unsigned bytes after a shift and a mask, query weights signed bytes.
 // Codes of fewer than 8 bits stay at the top of their byte: multiplying shifts them there, in a pipeline that has nothing else to do.
 //
-// A unit is UNIT rows of one lane. The eight columns of the product are the lane's query heads, padded to PADDED; where that leaves
-// columns over, they take further rows of the unit instead (weights of column n are those of head n % PADDED, and zero unless it is the
-// turn of n / PADDED), so that no accumulator is idle.
+// A unit is UNIT rows of one lane. The eight columns of the product are the query heads that the lane has in each of MEMBERS sequences, padded
+// to PADDED; where that leaves columns over, they take further rows of the unit instead (weights of column n are those of column n % WIDTH,
+// and zero unless it is the turn of n / WIDTH), so that no accumulator is idle. Where eight columns are too few there are several tiles of them.
 #pragma once
 #include "types.cuh"
 #include "mma.cuh"
@@ -14,13 +14,37 @@ struct Group {
 constexpr Group GROUPS[N_GROUPS] = {PLAN_GROUPS};
 
 constexpr u32 PADDED = GROUP <= 1 ? 1 : GROUP <= 2 ? 2 : GROUP <= 4 ? 4 : 8;
-constexpr u32 COLUMN_TILES = (GROUP + 7) / 8;
-constexpr u32 TURNS = 8 / PADDED;
-// Sixteen rows are one product; a load of 16 bytes a thread brings 32 rows.
-constexpr u32 SUMS = TURNS == 1 ? 2 : 1;
-constexpr u32 UNIT = 16 * TURNS * SUMS;
-constexpr u32 LOADS = UNIT / 32;
-constexpr u32 UNITS_A_CHUNK = CHUNK_TOKENS / UNIT;
+// Tiles that the heads of one sequence fill.
+constexpr u32 HEAD_TILES = (GROUP + 7) / 8;
+
+// What the columns of a unit's products are, for 1, 2 or 4 sequences.
+template <u32 MEMBERS_>
+struct Columns {
+    static constexpr u32 MEMBERS = MEMBERS_;
+    static constexpr u32 WIDTH = PADDED * MEMBERS < 8 ? PADDED * MEMBERS : 8;
+    // Sets of tiles, each of so many sequences.
+    static constexpr u32 SETS = PADDED * MEMBERS / WIDTH, A_SET = MEMBERS / SETS;
+    static constexpr u32 TILES = SETS * HEAD_TILES;
+    static constexpr u32 TURNS = 8 / WIDTH;
+    // Sixteen rows are one product; a load of 16 bytes a thread brings 32 rows.
+    static constexpr u32 SUMS = TURNS == 1 ? 2 : 1;
+    static constexpr u32 UNIT = 16 * TURNS * SUMS;
+    static constexpr u32 LOADS = UNIT / 32;
+};
+typedef Columns<1> Alone;
+constexpr u32 UNIT = Alone::UNIT;
+constexpr u32 LOADS = Alone::LOADS;
+
+// Whose a column of a tile is: a sequence, and a head, which may be one of the padding.
+struct Column {
+    u32 member, head;
+};
+
+template <typename C>
+__device__ __forceinline__ Column column_of(u32 tile, u32 column) {
+    const u32 own = column % C::WIDTH;
+    return {tile / HEAD_TILES * C::A_SET + own / PADDED, tile % HEAD_TILES * 8 + own % PADDED};
+}
 
 // 16-bit groups are two planes of 8 bits: low bytes, then high bytes.
 __device__ constexpr u32 planes_of(u32 group) { return GROUPS[group].bits == 16 ? 2 : 1; }
@@ -33,6 +57,9 @@ constexpr u32 QUADS = CHANNELS / 4;
 __device__ constexpr u32 products_of(u32 group) { return (quads_of(group) + 7) / 8; }
 __device__ constexpr u32 products_before(u32 group) { return group == 0 ? 0 : products_before(group - 1) + products_of(group - 1); }
 constexpr u32 PRODUCTS = products_before(N_GROUPS);
+// Operands of products, by plane as well.
+__device__ constexpr u32 operands_before(u32 group) { return group == 0 ? 0 : operands_before(group - 1) + products_of(group - 1) * planes_of(group - 1); }
+constexpr u32 OPERANDS = operands_before(N_GROUPS);
 __device__ constexpr u32 bytes_before(u32 group) {
     return group == 0 ? 0 : bytes_before(group - 1) + 16 * GROUPS[group - 1].channels * GROUPS[group - 1].bits / 8;
 }
@@ -104,10 +131,11 @@ __device__ __forceinline__ void make_weights(const StepJob& job, u32 slot, u32 l
 
 // What a thread keeps of the weights: by column tile and product, for each turn. Threads of other turns hold zeros. A score is `start` and the
 // sums of products by `factors`.
+template <typename C>
 struct Fragments {
-    u32 b[COLUMN_TILES][PRODUCTS][2];
-    float factors[COLUMN_TILES][PLANES][2];
-    float start[COLUMN_TILES][2];
+    u32 b[C::TILES][PRODUCTS][2];
+    float factors[C::TILES][PLANES][2];
+    float start[C::TILES][2];
     // What moves a thread's codes to the top of their bytes, as a factor.
     u32 shifts[N_GROUPS];
 };
@@ -115,33 +143,34 @@ struct Fragments {
 // Bits below the codes of a group within their bytes.
 __device__ constexpr u32 raised(u32 group) { return GROUPS[group].bits < 8 ? 8 - GROUPS[group].bits : 0; }
 
-template <u32 G>
-__device__ __forceinline__ void fragments_of_group(const LaneWeights& weights, Fragments& out) {
+// `weights` by sequence.
+template <u32 G, typename C>
+__device__ __forceinline__ void fragments_of_group(const LaneWeights* weights, Fragments<C>& out) {
     const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-    for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
-        const u32 head = 8 * tile + g % PADDED;
+    for (u32 tile = 0; tile < C::TILES; tile++) {
+        const auto [member, head] = column_of<C>(tile, g);
 #pragma unroll
         for (u32 product = 0; product < products_of(G); product++) {
 #pragma unroll
             for (u32 half = 0; half < 2; half++) {
                 const u32 quad = 8 * product + 4 * half + t;
                 const bool present = quad < quads_of(G) && head < GROUP;
-                out.b[tile][products_before(G) + product][half] = present ? weights.quads[present ? head : 0][quads_before(G) + (present ? quad : 0)] : 0;
+                out.b[tile][products_before(G) + product][half] = present ? weights[member].quads[present ? head : 0][quads_before(G) + (present ? quad : 0)] : 0;
             }
         }
 #pragma unroll
         for (u32 plane = 0; plane < planes_of(G); plane++) {
 #pragma unroll
             for (u32 column = 0; column < 2; column++) {
-                const u32 of = 8 * tile + (2 * t + column) % PADDED;
-                out.factors[tile][planes_before(G) + plane][column] = of < GROUP ? weights.factors[of < GROUP ? of : 0][G] * (plane ? 256.0f : 1.0f / (1u << raised(G))) : 0.0f;
+                const auto [of_member, of] = column_of<C>(tile, 2 * t + column);
+                out.factors[tile][planes_before(G) + plane][column] = of < GROUP ? weights[of_member].factors[of < GROUP ? of : 0][G] * (plane ? 256.0f : 1.0f / (1u << raised(G))) : 0.0f;
             }
         }
     }
     // Quads of a load begin at a multiple of four.
     out.shifts[G] = GROUPS[G].bits < 8 ? 1u << raised(G) >> t % (8 / min(GROUPS[G].bits, 8u)) * GROUPS[G].bits : 1;
-    if constexpr (G + 1 < N_GROUPS) fragments_of_group<G + 1>(weights, out);
+    if constexpr (G + 1 < N_GROUPS) fragments_of_group<G + 1, C>(weights, out);
 }
 
 // Label bytes: at an address of shared memory, where they are staged, or from where they are read once. A stage is written again and again.
@@ -212,16 +241,19 @@ constexpr bool NARROW = most_before(N_GROUPS) < 1u << 22;
 constexpr bool KEPT = NARROW && least_before(N_GROUPS) >= 1u << 18;
 constexpr float FROM = 12582912.0f;
 
+// Sums of products of a unit for the tiles of one set.
+template <typename C>
 struct Sums {
-    int c[COLUMN_TILES][SUMS][PLANES][4];
+    int c[HEAD_TILES][C::SUMS][PLANES][4];
 };
 
-__device__ __forceinline__ Sums no_sums() {
-    Sums sums;
+template <typename C>
+__device__ __forceinline__ Sums<C> no_sums() {
+    Sums<C> sums;
 #pragma unroll
-    for (u32 tile = 0; tile < COLUMN_TILES; tile++)
+    for (u32 tile = 0; tile < HEAD_TILES; tile++)
 #pragma unroll
-        for (u32 sum = 0; sum < SUMS; sum++)
+        for (u32 sum = 0; sum < C::SUMS; sum++)
 #pragma unroll
             for (u32 plane = 0; plane < PLANES; plane++)
 #pragma unroll
@@ -230,9 +262,10 @@ __device__ __forceinline__ Sums no_sums() {
 }
 
 // Scales scores by `by` and counts them from `start`.
-__device__ __forceinline__ void set_scale(Fragments& weights, float by, const float (&start)[COLUMN_TILES][2]) {
+template <typename C>
+__device__ __forceinline__ void set_scale(Fragments<C>& weights, float by, const float (&start)[C::TILES][2]) {
 #pragma unroll
-    for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
+    for (u32 tile = 0; tile < C::TILES; tile++) {
 #pragma unroll
         for (u32 column = 0; column < 2; column++) {
             double from = start[tile][column];
@@ -246,18 +279,54 @@ __device__ __forceinline__ void set_scale(Fragments& weights, float by, const fl
     }
 }
 
-template <u32 G, u32 PRODUCT, u32 PLANE, typename Address>
-__device__ __forceinline__ void add_products(Address block, u32 load, const Fragments& weights, Sums& sums) {
+// Codes of a unit, loaded where they are multiplied: for one set of columns. `blocks` are the blocks of 16 rows that this thread loads from.
+template <typename C, typename Address>
+struct CodesInPlace {
+    const Address (&blocks)[C::LOADS];
+    const u32 (&shifts)[N_GROUPS];
+
+    template <u32 G, u32 PRODUCT, u32 PLANE>
+    __device__ __forceinline__ void take(u32 load, u32 (&codes)[2][4]) const { load_codes<G, PRODUCT, PLANE>(blocks[load], shifts[G], codes); }
+};
+
+// Codes of a unit, loaded once for several sets.
+template <typename C>
+struct CodesKept {
+    u32 codes[C::LOADS][OPERANDS][2][4];
+
+    template <u32 G, u32 PRODUCT, u32 PLANE, typename Address>
+    __device__ __forceinline__ void load_from(Address block, const u32 (&shifts)[N_GROUPS], u32 load) {
+        load_codes<G, PRODUCT, PLANE>(block, shifts[G], codes[load][operands_before(G) + PRODUCT * planes_of(G) + PLANE]);
+        if constexpr (PLANE + 1 < planes_of(G)) load_from<G, PRODUCT, PLANE + 1>(block, shifts, load);
+        else if constexpr (PRODUCT + 1 < products_of(G)) load_from<G, PRODUCT + 1, 0>(block, shifts, load);
+        else if constexpr (G + 1 < N_GROUPS) load_from<G + 1, 0, 0>(block, shifts, load);
+    }
+
+    template <typename Address>
+    __device__ __forceinline__ CodesKept(const Address (&blocks)[C::LOADS], const u32 (&shifts)[N_GROUPS]) {
+#pragma unroll
+        for (u32 load = 0; load < C::LOADS; load++) load_from<0, 0, 0>(blocks[load], shifts, load);
+    }
+
+    template <u32 G, u32 PRODUCT, u32 PLANE>
+    __device__ __forceinline__ void take(u32 load, u32 (&out)[2][4]) const {
+#pragma unroll
+        for (u32 w = 0; w < 8; w++) out[w / 4][w % 4] = codes[load][operands_before(G) + PRODUCT * planes_of(G) + PLANE][w / 4][w % 4];
+    }
+};
+
+template <u32 G, u32 PRODUCT, u32 PLANE, typename Codes, typename C>
+__device__ __forceinline__ void add_products(const Codes& source, u32 load, u32 set, const Fragments<C>& weights, Sums<C>& sums) {
     u32 codes[2][4];
-    load_codes<G, PRODUCT, PLANE>(block, weights.shifts[G], codes);
+    source.template take<G, PRODUCT, PLANE>(load, codes);
     const u32 g = threadIdx.x % 32 / 4;
 #pragma unroll
     for (u32 m = 0; m < 2; m++) {
-        const u32 product = 2 * load + m, turn = product % TURNS, sum = product / TURNS;
+        const u32 product = 2 * load + m, turn = product % C::TURNS, sum = product / C::TURNS;
 #pragma unroll
-        for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
-            const u32(&b)[2] = weights.b[tile][products_before(G) + PRODUCT];
-            const bool mine = TURNS == 1 || g / PADDED == turn;
+        for (u32 tile = 0; tile < HEAD_TILES; tile++) {
+            const u32(&b)[2] = weights.b[set * HEAD_TILES + tile][products_before(G) + PRODUCT];
+            const bool mine = C::TURNS == 1 || g / C::WIDTH == turn;
             int(&c)[4] = sums.c[tile][sum][planes_before(G) + PLANE];
             if constexpr (quads_of(G) - 8 * PRODUCT > 4) {
                 const u32 a[4] = {codes[0][2 * m], codes[0][2 * m + 1], codes[1][2 * m], codes[1][2 * m + 1]};
@@ -269,11 +338,11 @@ __device__ __forceinline__ void add_products(Address block, u32 load, const Frag
         }
     }
     if constexpr (PLANE + 1 < planes_of(G)) {
-        add_products<G, PRODUCT, PLANE + 1>(block, load, weights, sums);
+        add_products<G, PRODUCT, PLANE + 1>(source, load, set, weights, sums);
     } else if constexpr (PRODUCT + 1 < products_of(G)) {
-        add_products<G, PRODUCT + 1, 0>(block, load, weights, sums);
+        add_products<G, PRODUCT + 1, 0>(source, load, set, weights, sums);
     } else if constexpr (G + 1 < N_GROUPS) {
-        add_products<G + 1, 0, 0>(block, load, weights, sums);
+        add_products<G + 1, 0, 0>(source, load, set, weights, sums);
     }
 }
 
@@ -283,38 +352,36 @@ __device__ __forceinline__ float to_float(int sum) {
     return (float)sum;
 }
 
-// Scores of a unit, as `set_scale` says; in log2 by 1 from 0. Score [tile][sum][2 * r + c] of thread (g, t) is that of head
-// 8 * tile + (2 * t + c) % PADDED and of row row_of(sum, c) + r of the unit.
+// Scores of a unit for a set, as `set_scale` says; in log2 by 1 from 0. Score [tile][sum][2 * r + c] of thread (g, t) is that of
+// column_of(set * HEAD_TILES + tile, 2 * t + c) and of row row_of(sum, c) + r of the unit.
+template <typename C>
 struct Scores {
-    float x[COLUMN_TILES][SUMS][4];
+    float x[HEAD_TILES][C::SUMS][4];
 };
 
+template <typename C>
 __device__ __forceinline__ u32 row_of(u32 sum, u32 column) {
     const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const u32 product = sum * TURNS + (2 * t + column) / PADDED % TURNS;
+    const u32 product = sum * C::TURNS + (2 * t + column) / C::WIDTH % C::TURNS;
     return product / 2 * 32 + g / 4 * 16 + g % 4 * 4 + product % 2 * 2;
 }
 
-// Sums of products of a unit. `blocks` are the blocks of 16 rows that this thread loads from.
-template <typename Address>
-__device__ __forceinline__ Sums sums_of_unit(const Address (&blocks)[LOADS], const Fragments& weights) {
-    Sums sums = no_sums();
+template <typename Codes, typename C>
+__device__ __forceinline__ Scores<C> scores_of(const Codes& codes, u32 set, const Fragments<C>& weights) {
+    Sums<C> sums = no_sums<C>();
 #pragma unroll
-    for (u32 load = 0; load < LOADS; load++) add_products<0, 0, 0>(blocks[load], load, weights, sums);
-    return sums;
-}
-
-__device__ __forceinline__ Scores scores_of(const Sums& sums, const Fragments& weights) {
-    Scores scores;
+    for (u32 load = 0; load < C::LOADS; load++) add_products<0, 0, 0>(codes, load, set, weights, sums);
+    Scores<C> scores;
 #pragma unroll
-    for (u32 tile = 0; tile < COLUMN_TILES; tile++) {
+    for (u32 tile = 0; tile < HEAD_TILES; tile++) {
+        const u32 of = set * HEAD_TILES + tile;
 #pragma unroll
-        for (u32 sum = 0; sum < SUMS; sum++) {
+        for (u32 sum = 0; sum < C::SUMS; sum++) {
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
-                float x = weights.start[tile][i % 2];
+                float x = weights.start[of][i % 2];
 #pragma unroll
-                for (u32 plane = 0; plane < PLANES; plane++) x = __fmaf_rn(to_float(sums.c[tile][sum][plane][i]), weights.factors[tile][plane][i % 2], x);
+                for (u32 plane = 0; plane < PLANES; plane++) x = __fmaf_rn(to_float(sums.c[tile][sum][plane][i]), weights.factors[of][plane][i % 2], x);
                 scores.x[tile][sum][i] = x;
             }
         }

@@ -32,7 +32,7 @@ struct SequenceState {
     u32 append_to;    // host place of the chunk that the newest row is written to: segment << 16 | index; NOBODY: none
     u32 block_rows;   // rows of an attention block: a multiple of 64
     u32 skipped;      // rows from the horizon on that are not attended: of a window, which begins within a chunk
-    u32 unused;
+    u32 common;       // first chunks whose labels are those of every sequence that is scored jointly with this one
 };
 
 // Where one layer of the sequence in a batch slot lies on the device. In device memory.
