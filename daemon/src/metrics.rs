@@ -163,7 +163,12 @@ fn counts(counters: &Counters) -> Vec<Family> {
         one("sluice_dead_leases_total", "Leases that ended because their process died.", &counters.leases_dead),
         one("sluice_selected_rows_total", "Rows selected by the daemon's own decoder.", &counters.selected_rows),
         totals("sluice_hot_rows_total", "Selected rows found in the hot pool (hit) or fetched (miss).", "result", &hot),
-        totals("sluice_read_bytes_total", "Bytes that the daemon's own decoder read, by kind.", "kind", &read),
+        totals(
+            "sluice_read_bytes_total",
+            "Bytes that the daemon's own decoder read, by kind; labels that are scored for several sequences at once count for each.",
+            "kind",
+            &read,
+        ),
         one(
             "sluice_shared_label_bytes_total",
             "Bytes of labels scored with other sequences of a step: each of them counts what is read once.",

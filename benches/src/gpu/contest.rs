@@ -21,6 +21,7 @@ use super::replay::{DrawnLanes, Hits, ReplayJob, Rule, replay_resized};
 use super::scene::{Scene, SparsePlan};
 use super::shared::shared;
 use super::step_graphs::StepGraphs;
+use super::timed::timed;
 use super::trace::KeyTrace;
 use crate::report::show_progress;
 use crate::statistics::median;
@@ -134,16 +135,16 @@ impl<'a> Contest<'a> {
         let mut reads = Vec::new();
         let mut copies = Vec::new();
         for _ in 0..self.rounds.max(5) {
-            timer.mark()?;
-            probe.read(&stream, &buffer)?;
-            timer.mark()?;
-            reads.push(READ_BYTES as f64 / timer.take()?[0] / 1e6);
+            let time = timed(&mut timer, || Ok(probe.read(&stream, &buffer)?))?;
+            reads.push(READ_BYTES as f64 / time / 1e6);
         }
         for round in 0..self.rounds.max(5) {
-            timer.mark()?;
-            let bytes = Probe::copy_plane(&stream, &buffer, &scene.host.rows, round % scene.shape.layers.len())?;
-            timer.mark()?;
-            copies.push(bytes as f64 / timer.take()?[0] / 1e6);
+            let (layer, mut bytes) = (round % scene.shape.layers.len(), 0);
+            let time = timed(&mut timer, || {
+                bytes = Probe::copy_plane(&stream, &buffer, &scene.host.rows, layer)?;
+                Ok(())
+            })?;
+            copies.push(bytes as f64 / time / 1e6);
         }
         self.outcome.hbm_read_gb_per_s = median(&reads).unwrap_or(0.0);
         self.outcome.pinned_copy_gb_per_s = median(&copies).unwrap_or(0.0);
@@ -551,14 +552,6 @@ fn move_pools(batch: &mut Batch, balance: &mut Balance, counts: &[[u64; 2]]) -> 
     let moves = balance.end_step(&seat.pool_blocks(), bounds);
     batch.move_blocks(0, &moves)?;
     Ok(seat.pool_blocks())
-}
-
-/// Milliseconds of what `work` puts on the timer's stream.
-fn timed(timer: &mut Timer, work: impl FnOnce() -> Result<()>) -> Result<f64> {
-    timer.mark()?;
-    work()?;
-    timer.mark()?;
-    Ok(timer.take()?[0])
 }
 
 /// Settings of sparse steps.

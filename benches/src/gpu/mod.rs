@@ -9,6 +9,7 @@ pub mod replay;
 pub mod scene;
 pub mod shared;
 mod step_graphs;
+mod timed;
 pub mod trace;
 
 use std::path::PathBuf;

@@ -22,6 +22,7 @@ use sluice_kernels::slot::{CHUNK_TOKENS, SlotClass};
 
 use super::outcome::{Outcome, PartOutcome, StepOutcome};
 use super::scene::Scene;
+use super::timed::timed;
 use crate::report::show_progress;
 use crate::statistics::median;
 
@@ -118,7 +119,7 @@ fn from_device(prompt: &Prompt<'_>, device: &mut Cuda, rounds: usize) -> Result<
     let (modules, stream) = device.parts();
     let on_device = OnDevice::new(stream, &geometry, &prompt.queries, prompt.prefix)?;
     let mut streamed = Streamed::new(modules, stream, &geometry, PIECE_BYTES)?;
-    timed(Timer::new(stream), rounds, |round| {
+    times_of(Timer::new(stream), rounds, |round| {
         let layers = [prompt.pages(round % prompt.scene.shape.layers.len())];
         Ok(on_device.over_host(&mut streamed, &geometry.scales, &layers)?)
     })
@@ -130,7 +131,7 @@ fn from_resident(prompt: &Prompt<'_>, device: &mut Cuda, rounds: usize, resident
     let (modules, stream) = device.parts();
     let on_device = OnDevice::new(stream, &geometry, &prompt.queries, prompt.prefix)?;
     let mut many = Many::new(modules, &geometry)?;
-    timed(Timer::new(stream), rounds, |round| {
+    times_of(Timer::new(stream), rounds, |round| {
         let layer = round % prompt.scene.shape.layers.len();
         Ok(on_device.over_device(&mut many, resident, &geometry.scales, layer..layer + 1)?)
     })
@@ -144,23 +145,20 @@ fn first_token(prompt: &Prompt<'_>, device: &mut Cuda, resident: &Batch, outcome
     let mut streamed = Streamed::new(modules, stream, &geometry, PIECE_BYTES)?;
     let mut many = Many::new(modules, &geometry)?;
     let pages: Vec<Vec<&[u8]>> = (0..layers).map(|layer| prompt.pages(layer)).collect();
-    let times = timed(Timer::new(stream), PASSES, |_| Ok(on_device.over_host(&mut streamed, &geometry.scales, &pages)?))?;
+    let times = times_of(Timer::new(stream), PASSES, |_| Ok(on_device.over_host(&mut streamed, &geometry.scales, &pages)?))?;
     let name = |place| format!("first token: {} queries over {} tokens {place}", prompt.count, prompt.prefix);
     let bytes = DeviceBytes { workspace: streamed.bytes() as u64, ..DeviceBytes::default() };
     outcome.steps.push(StepOutcome::new(&name("on the host"), &times, None, bytes));
-    let times = timed(Timer::new(stream), PASSES, |_| Ok(on_device.over_device(&mut many, resident, &geometry.scales, 0..layers)?))?;
+    let times = times_of(Timer::new(stream), PASSES, |_| Ok(on_device.over_device(&mut many, resident, &geometry.scales, 0..layers)?))?;
     outcome.steps.push(StepOutcome::new(&name("on the device"), &times, None, resident.bytes()));
     Ok(())
 }
 
 /// Milliseconds of each round but the first.
-fn timed(mut timer: Timer, rounds: usize, mut work: impl FnMut(usize) -> Result<()>) -> Result<Vec<f64>> {
+fn times_of(mut timer: Timer, rounds: usize, mut work: impl FnMut(usize) -> Result<()>) -> Result<Vec<f64>> {
     let mut times = Vec::new();
     for round in 0..1 + rounds {
-        timer.mark()?;
-        work(round)?;
-        timer.mark()?;
-        let time = timer.take()?[0];
+        let time = timed(&mut timer, || work(round))?;
         if round > 0 {
             times.push(time);
         }

@@ -12,6 +12,7 @@ use sluice_kernels::slot::CHUNK_TOKENS;
 
 use super::outcome::{Outcome, PartOutcome, StepOutcome};
 use super::scene::{Scene, SparsePlan};
+use super::timed::timed;
 use crate::report::show_progress;
 use crate::statistics::median;
 
@@ -47,10 +48,7 @@ pub fn shared(scene: &Scene<'_>, plans: &[(&str, SparsePlan)], rounds: usize, ou
         let mut timer = Timer::new(batch.stream());
         for round in 0..WARM_UP + rounds {
             for (graph, times) in graphs.iter().zip(&mut times) {
-                timer.mark()?;
-                graph.launch()?;
-                timer.mark()?;
-                let time = timer.take()?[0];
+                let time = timed(&mut timer, || Ok(graph.launch()?))?;
                 if round >= WARM_UP {
                     times.push(time);
                 }

@@ -245,12 +245,6 @@ impl Decoder {
         self.resident.iter_mut().for_each(ResidentDecoder::sweep);
     }
 
-    /// Name of the device.
-    #[must_use]
-    pub fn device_name(&self) -> &str {
-        self.device.name()
-    }
-
     /// Performs one sequence's part of one layer of a step.
     ///
     /// # Errors

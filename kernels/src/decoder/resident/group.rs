@@ -27,7 +27,7 @@ pub(super) struct GroupKey {
 }
 
 /// Sequences that one launch serves at most; larger batches take several.
-const MOST_SLOTS: usize = 8;
+pub(super) const MOST_SLOTS: usize = 8;
 
 /// What the steps of a group have room for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::group::MOST_SLOTS;
 use super::limits::{Charge, Ledger};
 use super::state::{Progress, Resident, TailPage};
 use super::step::{Launch, Ready, Work};
@@ -15,9 +16,6 @@ use crate::scales::LaneScales;
 use crate::sequence::Sequence;
 use crate::shape::LaneKind;
 use crate::slot::CHUNK_TOKENS;
-
-/// Sequences that one launch serves at most.
-const MOST_SLOTS: usize = 8;
 
 /// The window layers of a sequence.
 #[derive(Debug)]
