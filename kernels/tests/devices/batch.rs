@@ -245,6 +245,8 @@ fn a_step_selects_and_attends_as_the_reference_does() {
         (Shape { lanes: 2, group: 16, dim: 64, tokens: 2000, row_type: RowType::Fp8 }, "8@16+8@2", 8),
         (Shape { lanes: 1, group: 8, dim: 256, tokens: 3000, row_type: RowType::Fp8 }, "32@4+64@2", 16),
         (Shape { lanes: 1, group: 4, dim: 64, tokens: 40_000, row_type: RowType::F16 }, "8@4+16@2", 64),
+        // More rows a block of the selection than it keeps.
+        (Shape { lanes: 1, group: 1, dim: 64, tokens: 280_000, row_type: RowType::F16 }, "8@4+16@2", 256),
     ];
     for (seed, (shape, plan, denominator)) in cases.into_iter().enumerate() {
         let mut hosted = hosted(&gpu, shape, plan, 40 + seed as u64);

@@ -156,6 +156,7 @@ fn joint_scores_have_the_bits_of_each_alone() {
             let mut family = Family::new(&gpu, &compiler, shape, plan, sinks, common, &owns[..members]);
             let (asked, others) = (family.queries(), family.queries());
             let alone = family.step(&Joins::default(), &asked);
+            assert!(family.step(&Joins::default(), &asked) == alone, "{what}: the same again, everything hot");
             let other = family.step(&Joins::default(), &others);
             assert!(differs(&alone, &other), "queries that tell steps apart");
             let joins = family.batch.joins_of(0..members);

@@ -94,3 +94,20 @@ fn long_lanes_are_selected_exactly_whatever_their_keys() {
         }
     }
 }
+
+#[test]
+fn parts_of_a_lane_of_any_length_make_one_list() {
+    // Blocks of the CUDA device have one part of a lane each: of less than a tile of rows, of two tiles that they keep, and of more than they keep.
+    let hash = |row: usize| (row as u32).wrapping_mul(2_654_435_761) >> 9;
+    for rows in [5000, 20_000, 70_000, 300_000, 600_000] {
+        let keys: Vec<u16> = (0..rows).map(|row| (hash(row / 16) % 40_000) as u16 + (hash(row) % 3) as u16).collect();
+        for (count, sinks) in [(rows / 64, 4), (rows / 3, 0)] {
+            let expected = by_sorting(&keys, count, sinks);
+            for mut device in all_devices() {
+                let mut positions = vec![u32::MAX; count];
+                device.select(&SelectJob { keys: &keys, lanes: 1, rows, count, sinks }, &mut positions);
+                assert!(positions == expected, "{}: {count} of {rows}", device.name());
+            }
+        }
+    }
+}

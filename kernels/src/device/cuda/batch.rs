@@ -21,7 +21,7 @@ use super::module::Specialisation;
 use super::open::Gpu;
 use super::pipeline::{Pipeline, StepBlocks};
 use super::seat::{DeviceBytes, Seat, bound};
-use super::step::{MAX_LANES, StepKernels};
+use super::step::{ITEMS_ALONE, MAX_LANES, StepKernels};
 use super::store::{BlockMove, PoolMove};
 use super::workspace::Workspace;
 use crate::budget::Settings;
@@ -260,8 +260,10 @@ impl Batch {
             max_blocks: shape.attend_blocks() as u32,
             trace_rows: trace_rows as u32,
             score_scale: shape.geometry.softmax_scale * std::f32::consts::LOG2_E,
-            slots: 1,
+            parts: PARTS as u32,
+            items: ITEMS_ALONE,
             appends: 0,
+            unused: 0,
         }
     }
 

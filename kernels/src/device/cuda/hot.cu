@@ -4,6 +4,8 @@
 constexpr u32 GATHER_THREADS = 384;
 constexpr u32 GATHER_WARPS = GATHER_THREADS / 32;
 constexpr u32 MAX_LANES = 64;
+// Blocks that a processor could hold: a gather of 32 registers leaves room for a block of `score` and one of `select` beside it, to the last one.
+constexpr u32 GATHER_AT_LEAST = 5;
 
 // A block of hot places that goes from one lane to another: struct BlockMove of store.rs.
 struct BlockMove {
@@ -27,10 +29,11 @@ struct Fetch {
     u64 from, to;
 };
 
+// A lane selects fewer rows than it has hot places, which are less than 2^16.
 struct GatherRoom {
-    u32 first[PARTS][MAX_LANES];   // by lane of the launch: index in the lane's list of the part's first row
-    u32 missed[PARTS][MAX_LANES];
-    u32 before[PARTS][MAX_LANES];  // rows that the lane misses in earlier parts
+    u16 first[PARTS][MAX_LANES];   // by lane of the launch: index in the lane's list of the part's first row
+    u16 missed[PARTS][MAX_LANES];
+    u16 before[PARTS][MAX_LANES];  // rows that the lane misses in earlier parts
     u32 items[PARTS + 1];          // lanes x the most that any lane misses, summed over earlier parts
 };
 
@@ -43,12 +46,12 @@ __device__ __forceinline__ u32 warp_prefix(u32 x) {
     return x;
 }
 
-__device__ __forceinline__ void set_room(const StepJob& job, u32 slot, GatherRoom& room) {
+__device__ __forceinline__ void set_room(const StepJob& job, GatherRoom& room) {
     static_assert(PARTS == 32, "a warp has a thread for each part");
-    const PartCounts* parts = reinterpret_cast<const PartCounts*>(job.part_counts) + ((u64)slot * job.lanes + job.first_lane) * PARTS;
+    const PartCounts* parts = reinterpret_cast<const PartCounts*>(job.part_counts) + (u64)job.first_lane * PARTS;
     const u32 part = threadIdx.x % 32;
     for (u32 lane = threadIdx.x / 32; lane < job.lane_count; lane += GATHER_WARPS) {
-        const PartCounts counts = parts[lane * PARTS + part];
+        const PartCounts counts = part < job.parts ? parts[lane * PARTS + part] : PartCounts{0, 0};
         room.first[part][lane] = counts.first;
         room.missed[part][lane] = counts.missed;
         room.before[part][lane] = warp_prefix(counts.missed) - counts.missed;
@@ -56,16 +59,16 @@ __device__ __forceinline__ void set_room(const StepJob& job, u32 slot, GatherRoo
     __syncthreads();
     if (threadIdx.x < 32) {
         u32 most = 0;
-        for (u32 lane = 0; lane < job.lane_count; lane++) most = max(most, room.missed[part][lane]);
+        for (u32 lane = 0; lane < job.lane_count; lane++) most = max(most, (u32)room.missed[part][lane]);
         room.items[part + 1] = warp_prefix(most * job.lane_count);
         if (part == 0) room.items[0] = 0;
     }
     __syncthreads();
 }
 
-// Item `item` of a slot: the r-th miss of a lane in a part, lanes side by side, so that rows in flight lie near each other. Gives the row its
+// Item `item`: the r-th miss of a lane in a part, lanes side by side, so that rows in flight lie near each other. Gives the row its
 // place. {0, 0} where the lane misses fewer.
-__device__ __forceinline__ Fetch take_item(const StepJob& job, u32 slot, const LayerPlace& place, const GatherRoom& room, u32 item) {
+__device__ __forceinline__ Fetch take_item(const StepJob& job, const GatherRoom& room, u32 item) {
     // The last part that begins at or before the item.
     u32 part = 0;
 #pragma unroll
@@ -73,9 +76,10 @@ __device__ __forceinline__ Fetch take_item(const StepJob& job, u32 slot, const L
     const u32 of_launch = (item - room.items[part]) % job.lane_count, rank = (item - room.items[part]) / job.lane_count;
     if (rank >= room.missed[part][of_launch]) return {0, 0};
     const u32 lane = job.first_lane + of_launch;
-    const u64 own_lane = slot * job.lanes + lane, list = own_lane * job.max_count;
+    const u64 list = (u64)lane * job.max_count;
     const Miss miss = reinterpret_cast<const Miss*>(job.misses)[list + room.first[part][of_launch] + rank];
     const Victim victim = reinterpret_cast<const Victim*>(job.victims)[list + room.before[part][of_launch] + rank];
+    const LayerPlace place = *reinterpret_cast<const LayerPlace*>(job.places);
     u16* map = reinterpret_cast<u16*>(place.map) + (u64)lane * place.max_rows;
     if (victim.row != NOBODY) map[victim.row] = (u16)COLD;
     map[miss.row] = (u16)victim.place;
@@ -84,53 +88,39 @@ __device__ __forceinline__ Fetch take_item(const StepJob& job, u32 slot, const L
     return {miss.from, place.hot + (u64)victim.at * ROW_BYTES};
 }
 
-// Copies the rows of a warp's 32 items, a whole row by consecutive threads, several rows in flight.
-__device__ __forceinline__ void fetch_rows(Fetch fetch) {
-    constexpr u32 PIECES = ROW_BYTES / 16;                     // of 16 bytes
-    constexpr u32 A_PASS = PIECES >= 32 ? 1 : 32 / PIECES;     // rows that one load of the warp covers
+// Copies the rows of a warp's items, a whole row by consecutive threads. One load a thread is on its way at a time: what it is kept in would
+// take registers that blocks of other kernels need, and more warps are as good as more loads.
+__device__ __forceinline__ void fetch_rows(Fetch fetch, u32 items) {
+    constexpr u32 PIECES = ROW_BYTES / 16;                  // of 16 bytes
+    constexpr u32 A_PASS = PIECES >= 32 ? 1 : 32 / PIECES;  // rows that one load of the warp covers
     constexpr u32 PASSES = (PIECES + 31) / 32;
-    constexpr u32 IN_FLIGHT = 4;
-    const u32 thread = threadIdx.x % 32, piece = thread % (PIECES < 32 ? PIECES : 32), of_pass = thread / (PIECES < 32 ? PIECES : 32);
+    const u32 thread = threadIdx.x % 32, of_pass = thread / min(PIECES, 32), piece = thread % min(PIECES, 32);
 #pragma unroll 1
-    for (u32 row = 0; row < 32; row += A_PASS * IN_FLIGHT) {
-        uint4 data[IN_FLIGHT][PASSES];
-        u64 to[IN_FLIGHT];
+    for (u32 item = of_pass; item < items + of_pass; item += A_PASS) {
+        const u64 from = __shfl_sync(0xFFFFFFFFu, fetch.from, item % 32), to = __shfl_sync(0xFFFFFFFFu, fetch.to, item % 32);
+        if (from == 0 || of_pass >= A_PASS) continue;
+        uint4 data[PASSES];
 #pragma unroll
-        for (u32 i = 0; i < IN_FLIGHT; i++) {
-            const u32 item = row + i * A_PASS + of_pass;
-            const u64 from = __shfl_sync(0xFFFFFFFFu, fetch.from, item % 32);
-            to[i] = __shfl_sync(0xFFFFFFFFu, fetch.to, item % 32);
-            if (item >= 32 || of_pass >= A_PASS) to[i] = 0;
+        for (u32 pass = 0; pass < PASSES; pass++)
+            if (PIECES <= 32 || pass * 32 + piece < PIECES) data[pass] = load_16_once(reinterpret_cast<const uint4*>(from) + pass * 32 + piece);
 #pragma unroll
-            for (u32 pass = 0; pass < PASSES; pass++)
-                if (to[i] && pass * 32 + piece < PIECES) data[i][pass] = load_16_once(reinterpret_cast<const uint4*>(from) + pass * 32 + piece);
-        }
-#pragma unroll
-        for (u32 i = 0; i < IN_FLIGHT; i++)
-#pragma unroll
-            for (u32 pass = 0; pass < PASSES; pass++)
-                if (to[i] && pass * 32 + piece < PIECES) reinterpret_cast<uint4*>(to[i])[pass * 32 + piece] = data[i][pass];
+        for (u32 pass = 0; pass < PASSES; pass++)
+            if (PIECES <= 32 || pass * 32 + piece < PIECES) reinterpret_cast<uint4*>(to)[pass * 32 + piece] = data[pass];
     }
 }
 
 // A small grid: more blocks fetch no faster and lose the nearness of the rows in flight (LIMITS.md).
-extern "C" __global__ void __launch_bounds__(GATHER_THREADS, 3) gather(const StepJob job) {
+extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_AT_LEAST) gather(const StepJob job) {
     __shared__ GatherRoom room;
     enter_stream();
-    for (u32 slot = 0; slot < job.slots; slot++) {
-        const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
-        if (sequence.length == 0 || sequence.count == 0) continue;
-        const VictimCounts* counts = reinterpret_cast<const VictimCounts*>(job.victim_counts) + (u64)slot * job.lanes + job.first_lane;
-        if (!__syncthreads_or(threadIdx.x < job.lane_count && counts[threadIdx.x].missed)) continue;
-        set_room(job, slot, room);
-        const u32 items = room.items[PARTS];
-        const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
-        for (u32 first = (blockIdx.x + gridDim.x * (threadIdx.x / 32)) * 32; first < items; first += gridDim.x * GATHER_WARPS * 32) {
-            const u32 item = first + threadIdx.x % 32;
-            const Fetch fetch = item < items ? take_item(job, slot, place, room, item) : Fetch{0, 0};
-            fetch_rows(fetch);
-        }
-    }
+    const SequenceState* sequence = reinterpret_cast<const SequenceState*>(job.sequences);
+    if (sequence->length == 0 || sequence->count == 0) return;
+    const VictimCounts* counts = reinterpret_cast<const VictimCounts*>(job.victim_counts) + job.first_lane;
+    if (!__syncthreads_or(threadIdx.x < job.lane_count && counts[threadIdx.x].missed)) return;
+    set_room(job, room);
+    const u32 items = room.items[PARTS], own = threadIdx.x % 32;
+    for (u32 first = (blockIdx.x + gridDim.x * (threadIdx.x / 32)) * job.items; first < items; first += gridDim.x * GATHER_WARPS * job.items)
+        fetch_rows(own < job.items && first + own < items ? take_item(job, room, first + own) : Fetch{0, 0}, job.items);
 }
 
 // Takes the last blocks of lanes, whose rows are hot no longer, and gives them to others. No lane does both. Between steps; a thread a place.

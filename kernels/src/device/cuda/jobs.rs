@@ -10,8 +10,10 @@ pub const NOBODY: u32 = u32::MAX;
 pub const BINS: usize = 2048;
 /// Values of the lower 5 bits.
 pub const REFINED: usize = 32;
-/// Blocks that share a lane while rows are selected.
+/// Blocks that share a lane while rows are selected: a power of two, this many at most.
 pub const PARTS: usize = 32;
+/// And at least.
+pub const LEAST_PARTS: usize = 4;
 /// Words that each of them publishes.
 pub const ABOVE_WORDS: usize = 53;
 /// Hot places are given to lanes in blocks of so many.
@@ -226,8 +228,12 @@ pub struct StepJob {
     pub trace_rows: u32,
     /// Softmax scale times log2 e.
     pub score_scale: f32,
-    /// Batch slots.
-    pub slots: u32,
+    /// Parts of a lane's rows: blocks that share a lane in the launch of select.
+    pub parts: u32,
+    /// Rows that a warp of the gather takes at a time: a multiple of 4, 32 at most.
+    pub items: u32,
     /// 1: attention takes the newest rows from `new_rows` and appends them; 0: they are appended before.
     pub appends: u32,
+    /// Of the alignment.
+    pub unused: u32,
 }

@@ -22,14 +22,14 @@ __device__ __forceinline__ float2 load_2_shared(const float* from) {
     return x;
 }
 
-// Waits until all `blocks` blocks of a lane have come here; `arrivals` counts on from launch to launch. What they wrote before is seen after,
-// by the loads above.
-__device__ __forceinline__ void meet(u32* arrivals, u32 blocks) {
+// Waits until all blocks of a lane have come here, each of which counts `own` of a launch's `all` arrivals; `arrivals` counts on from launch to
+// launch. What they wrote before is seen after, by the loads above.
+__device__ __forceinline__ void meet(u32* arrivals, u32 own, u32 all) {
     __syncthreads();
-    if (threadIdx.x == 0 && blocks > 1) {
+    if (threadIdx.x == 0) {
         u32 before, now;
-        asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals) : "memory");
-        const u32 wanted = before - before % blocks + blocks;
+        asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(arrivals), "r"(own) : "memory");
+        const u32 wanted = before - before % all + all;
         do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrivals) : "memory");
         while ((int)(now - wanted) < 0);
     }

@@ -164,7 +164,12 @@ impl Source {
             Self::Label => vec![("LABEL_JOB_BYTES", size_of::<label::LabelLaunch>())],
             Self::Arrange => vec![("ARRANGE_JOB_BYTES", size_of::<append::ArrangeJob>())],
             Self::Probe => vec![("READ_JOB_BYTES", size_of::<probe::ReadJob>())],
-            Self::Score | Self::Select | Self::Attend => step_bytes(),
+            Self::Score | Self::Attend => step_bytes(),
+            Self::Select => {
+                let mut bytes = step_bytes();
+                bytes.push(("SELECT_TILE_BYTES", step::SELECT_TILE_BYTES));
+                bytes
+            }
             Self::Joint => {
                 let mut bytes = step_bytes();
                 bytes.push(("JOINT_JOB_BYTES", size_of::<jobs::JointJob>()));

@@ -10,12 +10,12 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaEvent, CudaStream};
 
-use super::cut::Cut;
+use super::cut::{Cut, Part};
 use super::error::{CudaError, Doing};
-use super::jobs::{PARTS, StepJob};
+use super::jobs::{LEAST_PARTS, PARTS, StepJob};
 use super::joint::{Joins, JointKernels};
 use super::open::Gpu;
-use super::step::{MOST_SCORE_BLOCKS, StepGrid, StepKernels, score_blocks_of_lane};
+use super::step::{ITEMS_ALONE, ITEMS_BESIDE, MOST_SCORE_BLOCKS, StepGrid, StepKernels, score_blocks_of_lane};
 
 /// Blocks of a layer's launches.
 #[derive(Clone, Copy, Debug)]
@@ -37,6 +37,7 @@ pub(super) struct Pipeline {
     /// Blocks of the score kernel where nothing else runs, and beside other parts: there one a processor, so that both have room.
     score_alone: usize,
     score_beside: usize,
+    processors: usize,
     /// The parts of a layer take turns on these. The batch's own stream is the first.
     streams: Vec<Arc<CudaStream>>,
     /// By part.
@@ -48,6 +49,12 @@ pub(super) struct Pipeline {
 /// kernels, and start in grid order: as long as not every kernel can be short of a place for its first unfinished lane, one of them goes on.
 fn streams_at_once(places: usize) -> usize {
     1 + places.saturating_sub(MOST_SCORE_BLOCKS) / PARTS
+}
+
+/// Blocks of the select kernel that share a lane, so that there is one a processor. Where there are two, no block of the score kernel fits beside
+/// them, and since its blocks wait for each other it stands until they have ended.
+fn select_blocks_beside(processors: usize, lanes: usize) -> usize {
+    1 << (processors / lanes).clamp(LEAST_PARTS, PARTS).ilog2()
 }
 
 impl Pipeline {
@@ -69,6 +76,7 @@ impl Pipeline {
         Ok(Self {
             score_alone: kernels.score_blocks(),
             score_beside: kernels.score_blocks().min(gpu.processors as usize),
+            processors: gpu.processors as usize,
             apart: kernels.apart(),
             joint,
             kernels,
@@ -107,16 +115,25 @@ impl Pipeline {
     /// A launch that the driver refuses; so for all launches of this type.
     pub(super) unsafe fn sparse_layer(&self, jobs: &[StepJob], slots: Range<usize>, cut: Cut, joins: &Joins) -> Result<(), CudaError> {
         let (first, parts) = (slots.start, cut.parts(slots.len(), self.blocks.lanes));
-        if let ([job], [_]) = (&jobs[slots], &*parts) {
+        if let ([job], [_]) = (&jobs[slots.clone()], &*parts) {
             // SAFETY: the caller's promise.
             return unsafe { self.kernels.sparse_layer(&self.streams[0], &self.alone(), job) };
         }
-        let joining = "joining streams";
+        let (joining, items) = ("joining streams", if slots.len() > 1 { ITEMS_BESIDE } else { ITEMS_ALONE });
         // SAFETY: the caller's promise.
         unsafe { self.joint_scores(jobs, joins)? };
+        // Between a first and a last sequence in halves, one alone is what the link waits for; of several each selects while another is fetched.
+        let whole = parts.iter().filter(|part| part.lanes.len() == self.blocks.lanes).count();
+        let select_blocks = |part: &Part| if whole > 1 { select_blocks_beside(self.processors, part.lanes.len()) } else { PARTS };
         for (number, part) in parts.iter().enumerate() {
             let stream = &self.streams[number % self.streams.len()];
-            let job = StepJob { first_lane: part.lanes.start as u32, lane_count: part.lanes.len() as u32, ..jobs[first + part.slot] };
+            let job = StepJob {
+                first_lane: part.lanes.start as u32,
+                lane_count: part.lanes.len() as u32,
+                parts: select_blocks(part) as u32,
+                items,
+                ..jobs[first + part.slot]
+            };
             // Kernels that come early take places and wait: beside a gather they would keep it from starting.
             let (early, grid) = match number {
                 0 => (&self.kernels, self.grid(self.score_alone, part.lanes.len())),

@@ -7,10 +7,10 @@ use cudarc::driver::CudaStream;
 use super::batch::BatchShape;
 use super::buffer::DeviceBuffer;
 use super::error::CudaError;
-use super::jobs::{ABOVE_WORDS, Arrivals, BINS, LayerPlace, NOBODY, PARTS, SAMPLE_SUMS, SequenceState, StepJob, VictimCounts};
+use super::jobs::{ABOVE_WORDS, Arrivals, BINS, LEAST_PARTS, LayerPlace, NOBODY, PARTS, SAMPLE_SUMS, SequenceState, StepJob, VictimCounts};
 use super::label::Labeller;
 use super::module::{Grid, Modules, Source, Specialisation};
-use super::step::{SCORE_THREADS, SELECT_THREADS, score_blocks_of_lane};
+use super::step::{SCORE_THREADS, SELECT_THREADS, SELECT_TILE_BYTES, SELECT_TILE_ROWS, score_blocks_of_lane};
 use crate::device::{AttendJob, HotRows, LayerGeometry, ScoreJob, SelectJob};
 use crate::shape::RowType;
 use crate::slot::CHUNK_TOKENS;
@@ -27,7 +27,7 @@ impl Seat {
     }
 
     fn job(&self) -> StepJob {
-        StepJob { sequences: self.state.address(), places: self.place.address(), slots: 1, ..StepJob::default() }
+        StepJob { sequences: self.state.address(), places: self.place.address(), parts: PARTS as u32, ..StepJob::default() }
     }
 }
 
@@ -129,7 +129,9 @@ pub(super) fn select(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Sele
         ..SequenceState::default()
     };
     let seat = Seat::new(stream, state, LayerPlace::default())?;
+    let parts = padded.div_ceil(2 * SELECT_TILE_ROWS).next_power_of_two().clamp(LEAST_PARTS, PARTS);
     let step = StepJob {
+        parts: parts as u32,
         keys: room.address(),
         histogram: histogram.address(),
         above: above.address(),
@@ -140,10 +142,10 @@ pub(super) fn select(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Sele
         max_count: count as u32,
         ..seat.job()
     };
-    let grid = Grid { blocks: [PARTS, lanes, 1], threads: SELECT_THREADS };
-    for name in ["count_keys", "select"] {
+    let grid = Grid { blocks: [parts, lanes, 1], threads: SELECT_THREADS };
+    for (name, shared_bytes) in [("count_keys", 0), ("select", 2 * SELECT_TILE_BYTES)] {
         // SAFETY: every address of the job is of a buffer above, which live until the positions have been read.
-        unsafe { module.kernel(name, 0)?.launch(stream, grid, &step) }?;
+        unsafe { module.kernel(name, shared_bytes)?.launch(stream, grid, &step) }?;
     }
     list.read(stream, 0, positions)
 }

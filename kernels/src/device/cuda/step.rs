@@ -12,7 +12,14 @@ use super::open::Gpu;
 /// Threads of the kernels' blocks, as their sources say.
 pub(super) const SCORE_THREADS: usize = 512;
 pub(super) const SELECT_THREADS: usize = 512;
+/// Rows of a tile of the select kernel, sixteen a thread, and what it takes of shared memory: key, hot place, and a bit of each.
+pub(super) const SELECT_TILE_ROWS: usize = SELECT_THREADS * 16;
+pub(super) const SELECT_TILE_BYTES: usize = SELECT_TILE_ROWS * 4 + SELECT_TILE_ROWS / 8;
 const GATHER_THREADS: usize = 384;
+/// Rows that a warp of the gather takes at a time, where one sequence is fetched, and beside other sequences: the fewer, the more are on their way
+/// across the link at a time, and the longer everything else takes.
+pub(super) const ITEMS_ALONE: u32 = 8;
+pub(super) const ITEMS_BESIDE: u32 = 16;
 /// Blocks of the score kernel that share a lane at most: fewer than a launch counts arrivals (score.cu).
 pub(super) const MOST_SCORE_BLOCKS: usize = 64;
 /// Most lanes that the gather keeps count of.
@@ -23,6 +30,8 @@ pub const MAX_LANES: usize = 64;
 pub struct StepKernels {
     score: Kernel,
     select: Kernel,
+    /// The same for launches of fewer parts, which are twice as long.
+    select_wide: Kernel,
     gather: Kernel,
     attend: Kernel,
     move_blocks: Kernel,
@@ -68,12 +77,15 @@ impl StepKernels {
         let module = |source| Module::load(gpu, compiler, source, specialisation);
         let (score, select, hot, attend) = (module(Source::Score)?, module(Source::Select)?, module(Source::Hot)?, module(Source::Attend)?);
         let scores = score.overlapping_kernel("score", score.score_bytes(specialisation))?;
-        let selects = select.overlapping_kernel("select", 0)?;
+        let selects = select.overlapping_kernel("select", SELECT_TILE_BYTES)?;
+        let select_wide = select.overlapping_kernel("select", 2 * SELECT_TILE_BYTES)?;
         let processors = gpu.processors as usize;
-        let (score_blocks, select_blocks) = (scores.resident_blocks(SCORE_THREADS)?, selects.resident_blocks(SELECT_THREADS)?);
+        let score_blocks = scores.resident_blocks(SCORE_THREADS)?;
+        let select_blocks = selects.resident_blocks(SELECT_THREADS)?.min(select_wide.resident_blocks(SELECT_THREADS)?);
         Ok(Self {
             score: scores,
             select: selects,
+            select_wide,
             gather: hot.overlapping_kernel("gather", 0)?,
             attend: attend.overlapping_kernel("attend", 0)?,
             move_blocks: hot.kernel("move_blocks", 0)?,
@@ -87,8 +99,9 @@ impl StepKernels {
     /// The same, launched after all that came before has ended: for launches that follow several others, on several streams.
     #[must_use]
     pub fn apart(&self) -> Self {
-        let [score, select, gather, attend] = [&self.score, &self.select, &self.gather, &self.attend].map(Kernel::apart);
-        Self { score, select, gather, attend, move_blocks: self.move_blocks.clone(), ..*self }
+        let [score, select, select_wide, gather, attend] =
+            [&self.score, &self.select, &self.select_wide, &self.gather, &self.attend].map(Kernel::apart);
+        Self { score, select, select_wide, gather, attend, move_blocks: self.move_blocks.clone(), ..*self }
     }
 
     /// Blocks of the score kernel that run at once.
@@ -123,8 +136,9 @@ impl StepKernels {
     /// # Errors
     /// As [`StepKernels::score`].
     pub unsafe fn select(&self, stream: &CudaStream, grid: &StepGrid, job: &StepJob) -> Result<(), CudaError> {
+        let kernel = if job.parts as usize == PARTS { &self.select } else { &self.select_wide };
         // SAFETY: the caller's promise.
-        unsafe { self.select.launch(stream, Grid { blocks: [PARTS, grid.lanes, 1], threads: SELECT_THREADS }, job) }
+        unsafe { kernel.launch(stream, Grid { blocks: [job.parts as usize, grid.lanes, 1], threads: SELECT_THREADS }, job) }
     }
 
     /// Fetches the missing rows across the link.

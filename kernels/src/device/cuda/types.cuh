@@ -13,8 +13,9 @@ constexpr u32 BINS = 2048;
 constexpr u32 REFINED = 32;
 // Sums of sampled scores that a head has at most, each of the warps of one block.
 constexpr u32 SAMPLE_SUMS = 64;
-// Blocks that share a lane while rows are selected: each takes a contiguous part of the rows.
+// Blocks that share a lane while rows are selected, each with a contiguous part of the rows: a power of two, between these.
 constexpr u32 PARTS = 32;
+constexpr u32 LEAST_PARTS = 4;
 // What a part of a lane's rows publishes before its blocks meet: words of a table, and 16-bit values in pairs. An odd number of words, so that
 // parts lie in shared-memory banks of their own.
 constexpr u32 ABOVE_WORDS = 53;
@@ -127,8 +128,10 @@ struct StepJob {
     u32 max_blocks;    // attention blocks a lane
     u32 trace_rows;
     float score_scale; // softmax scale x log2 e
-    u32 slots;
+    u32 parts;         // of a lane's rows: blocks that share a lane in the launch of select
+    u32 items;         // rows that a warp of the gather takes at a time: a multiple of 4, 32 at most
     u32 appends;       // whether attention reads the newest row from new_rows and appends it
+    u32 unused;
 };
 
 static_assert(sizeof(SequenceState) == SEQUENCE_STATE_BYTES, "as in jobs.rs");

@@ -297,7 +297,6 @@ impl WindowStep {
             lanes: lanes as u32,
             max_blocks: shape.blocks() as u32,
             score_scale: shape.geometry.softmax_scale * std::f32::consts::LOG2_E,
-            slots: slots as u32,
             appends: 1,
             ..StepJob::default()
         };
