@@ -226,7 +226,7 @@ pub(crate) fn step(batch: &mut Batch, query: &[f32], newest: &[u8]) -> (Vec<f32>
 }
 
 /// Hits and misses of all lanes since the last call.
-fn counts(batch: &mut Batch) -> (u64, u64) {
+pub(crate) fn counts(batch: &mut Batch) -> (u64, u64) {
     batch.take_counters().expect("counters").iter().fold((0, 0), |sum, lane| (sum.0 + lane[0], sum.1 + lane[1]))
 }
 

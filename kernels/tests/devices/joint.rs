@@ -14,7 +14,7 @@ use sluice_kernels::device::cuda::joint::{Joins, LEAST_COMMON, most_members};
 use sluice_kernels::device::cuda::seat::{Kept, Seat, SeatShape};
 use sluice_kernels::shape::RowType;
 
-use crate::batch::{Asked, Hosted, Made, PLAN, gpu, hosted, settings};
+use crate::batch::{Asked, Hosted, Made, PLAN, counts, gpu, hosted, settings};
 use crate::data::Shape;
 
 /// Sequences of one batch, whose chunks are made-up chunks of one layer.
@@ -156,7 +156,11 @@ fn joint_scores_have_the_bits_of_each_alone() {
             let mut family = Family::new(&gpu, &compiler, shape, plan, sinks, common, &owns[..members]);
             let (asked, others) = (family.queries(), family.queries());
             let alone = family.step(&Joins::default(), &asked);
-            assert!(family.step(&Joins::default(), &asked) == alone, "{what}: the same again, everything hot");
+            let (_, misses) = counts(&mut family.batch);
+            assert!(misses > 0, "{what}: nothing was hot at first");
+            assert!(family.step(&Joins::default(), &asked) == alone, "{what}: the same again");
+            let (hits, misses) = counts(&mut family.batch);
+            assert!(hits > 0 && misses == 0, "{what}: {hits} hits, {misses} misses of rows that were there");
             let other = family.step(&Joins::default(), &others);
             assert!(differs(&alone, &other), "queries that tell steps apart");
             let joins = family.batch.joins_of(0..members);
