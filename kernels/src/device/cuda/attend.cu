@@ -10,7 +10,6 @@
 // channels within a product is whatever those loads give. Queries and weights are split into two halves each (split_rows), which keeps
 // their 21 and more bits. Codes of e4m3 become halves between load and product; the scales of the lane multiply scores and output.
 #include "append.cuh"
-#include "meet.cuh"
 #include "mma.cuh"
 
 constexpr u32 WARPS = ATTEND_WARPS;
@@ -383,6 +382,19 @@ __device__ __forceinline__ bool comes_last(u32* arrivals, u32 blocks, MergeRoom&
     }
     __syncthreads();
     return room.last;
+}
+
+// Words that other blocks of this launch may be writing.
+__device__ __forceinline__ u32 load_shared(const u32* from) {
+    u32 x;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ float2 load_2_shared(const float* from) {
+    float2 x;
+    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(from) : "memory");
+    return x;
 }
 
 __device__ __forceinline__ float load_float_shared(const float* from) { return __uint_as_float(load_shared(reinterpret_cast<const u32*>(from))); }

@@ -14,7 +14,7 @@ use super::compile::Compiler;
 use super::cut::Cut;
 use super::error::{CudaError, Doing};
 use super::host::{HostPage, HostPart, HostRows, HostSegment};
-use super::jobs::{ABOVE_WORDS, BINS, LayerPlace, NOBODY, PARTS, SAMPLE_SUMS, SequenceState, StepJob};
+use super::jobs::{BINS, LayerPlace, NOBODY, PART_WORDS, PARTS, SAMPLE_SUMS, SequenceState, StepJob};
 use super::joint::{CommonChunks, Joins, JointKernels};
 use super::label::Labeller;
 use super::module::Specialisation;
@@ -240,12 +240,11 @@ impl Batch {
             label_lse: room.label_lse.address_of(slot * heads * SAMPLE_SUMS * 2),
             keys: room.keys.address_of(lane * shape.max_tokens),
             histogram: room.histogram.address_of(lane * BINS),
-            above: room.above.address_of(lane * PARTS * ABOVE_WORDS),
+            part_words: room.part_words.address_of(lane * PARTS * PART_WORDS),
             positions: room.positions.address_of(listed),
             hot_places: room.hot_places.address_of(listed),
             misses: room.misses.address_of(listed),
             part_counts: room.part_counts.address_of(lane * PARTS),
-            victim_bins: room.victim_bins.address_of(lane * BINS),
             victims: room.victims.address_of(listed),
             victim_counts: room.victim_counts.address_of(lane),
             partials: room.partials.address_of(lane * shape.lane_partials()),

@@ -46,6 +46,15 @@ __device__ __forceinline__ u32 warp_prefix(u32 x) {
     return x;
 }
 
+// Whether any of the thread's parts misses rows.
+__device__ __forceinline__ bool own_misses(const StepJob& job) {
+    const PartCounts* parts = reinterpret_cast<const PartCounts*>(job.part_counts) + (u64)job.first_lane * PARTS;
+    u32 missed = 0;
+    for (u32 part = threadIdx.x; part < job.lane_count * PARTS; part += GATHER_THREADS)
+        if (part % PARTS < job.parts) missed |= parts[part].missed;
+    return missed;
+}
+
 __device__ __forceinline__ void set_room(const StepJob& job, GatherRoom& room) {
     static_assert(PARTS == 32, "a warp has a thread for each part");
     const PartCounts* parts = reinterpret_cast<const PartCounts*>(job.part_counts) + (u64)job.first_lane * PARTS;
@@ -115,8 +124,7 @@ extern "C" __global__ void __launch_bounds__(GATHER_THREADS, GATHER_AT_LEAST) ga
     enter_stream();
     const SequenceState* sequence = reinterpret_cast<const SequenceState*>(job.sequences);
     if (sequence->length == 0 || sequence->count == 0) return;
-    const VictimCounts* counts = reinterpret_cast<const VictimCounts*>(job.victim_counts) + job.first_lane;
-    if (!__syncthreads_or(threadIdx.x < job.lane_count && counts[threadIdx.x].missed)) return;
+    if (!__syncthreads_or(own_misses(job))) return;
     set_room(job, room);
     const u32 items = room.items[PARTS], own = threadIdx.x % 32;
     for (u32 first = (blockIdx.x + gridDim.x * (threadIdx.x / 32)) * job.items; first < items; first += gridDim.x * GATHER_WARPS * job.items)

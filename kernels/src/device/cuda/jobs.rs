@@ -15,7 +15,7 @@ pub const PARTS: usize = 32;
 /// And at least.
 pub const LEAST_PARTS: usize = 4;
 /// Words that each of them publishes.
-pub const ABOVE_WORDS: usize = 53;
+pub const PART_WORDS: usize = 85;
 /// Hot places are given to lanes in blocks of so many.
 pub const POOL_BLOCK: usize = 64;
 /// Sums of sampled scores that a head has at most.
@@ -115,14 +115,10 @@ pub struct Victim {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 pub struct VictimCounts {
-    /// Places taken of lower bins.
-    pub lower: u32,
-    /// Places taken of the last bin.
+    /// Free places.
+    pub free: u32,
+    /// Rows of the threshold's own bin.
     pub last: u32,
-    /// Selected rows that are not hot.
-    pub missed: u32,
-    /// Zero.
-    pub unused: u32,
 }
 
 /// Blocks of a lane that came somewhere; begins with zeros and is the kernels' own from then on.
@@ -131,7 +127,7 @@ pub struct VictimCounts {
 pub struct Arrivals {
     /// In the score kernel: 128 a launch, whatever its blocks.
     pub score: u32,
-    /// To the barrier of the selection.
+    /// In the selection: [`PARTS`] a launch, whatever its blocks.
     pub select: u32,
     /// To the end of attention.
     pub attend: u32,
@@ -188,8 +184,8 @@ pub struct StepJob {
     pub keys: u64,
     /// u32 `[slot][lane][BINS]`.
     pub histogram: u64,
-    /// u32 `[slot][lane][PARTS][ABOVE_WORDS]`.
-    pub above: u64,
+    /// u64 `[slot][lane][PARTS][PART_WORDS]`: what parts publish, and its launch.
+    pub part_words: u64,
     /// u32 `[slot][lane][max_count]`.
     pub positions: u64,
     /// u32 `[slot][lane][max_count]`.
@@ -198,8 +194,6 @@ pub struct StepJob {
     pub misses: u64,
     /// [`PartCounts`] `[slot][lane][PARTS]`.
     pub part_counts: u64,
-    /// u32 `[slot][lane][BINS]`.
-    pub victim_bins: u64,
     /// [`Victim`] `[slot][lane][max_count]`.
     pub victims: u64,
     /// [`VictimCounts`] `[slot][lane]`.

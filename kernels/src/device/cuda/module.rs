@@ -106,8 +106,8 @@ pub enum Source {
 const HEADERS: [(&str, &str); 8] = [
     ("common.cuh", include_str!("common.cuh")),
     ("append.cuh", include_str!("append.cuh")),
-    ("meet.cuh", include_str!("meet.cuh")),
     ("mma.cuh", include_str!("mma.cuh")),
+    ("parts.cuh", include_str!("parts.cuh")),
     ("types.cuh", include_str!("types.cuh")),
     ("sample.cuh", include_str!("sample.cuh")),
     ("scan.cuh", include_str!("scan.cuh")),

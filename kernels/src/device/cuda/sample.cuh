@@ -226,10 +226,7 @@ constexpr u32 USHER = SCORE_THREADS - 32;
 // Clears what blocks of the lane, and the kernels after this one, count in, and counts the block: whoever adds to it does so after all have
 // arrived. By a warp, whose first thread learns of the arrivals before.
 __device__ __forceinline__ void begin_counts(const StepJob& job, const u64& own_lane, const u32& sums_given, u64* const& given, u32* const& arrivals, u32& before) {
-    for (u32 bin = blockIdx.x * 32 + threadIdx.x % 32; bin < BINS; bin += gridDim.x * 32) {
-        reinterpret_cast<u32*>(job.histogram)[own_lane * BINS + bin] = 0;
-        reinterpret_cast<u32*>(job.victim_bins)[own_lane * BINS + bin] = 0;
-    }
+    for (u32 bin = blockIdx.x * 32 + threadIdx.x % 32; bin < BINS; bin += gridDim.x * 32) reinterpret_cast<u32*>(job.histogram)[own_lane * BINS + bin] = 0;
     if (blockIdx.x == 0) {
         // Sums that are not given are of no launch.
         for (u32 sum = sums_given + threadIdx.x % 32; sum < SAMPLE_SUMS; sum += 32)

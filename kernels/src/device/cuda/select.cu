@@ -2,25 +2,22 @@
 //
 // The score kernel has counted the upper 11 bits of every lane's keys. Some blocks, a power of two and PARTS at most, share a lane; each finds
 // the bin of the threshold and counts, in its part, the rows above that bin and the lower 5 bits of those in it, which of them are not hot, and
-// how important the hot rows below the bin are. Then they wait for each other: from all parts' counts each knows the threshold, how many rows
-// of exactly that key are taken (the lowest positions), where its rows go, whether the lane misses any, and how many at most. It lists its
-// rows; where the lane misses some, also the least important hot rows that were not selected, as victims (DESIGN.md, section 6), by the upper
-// bits of their keys. There may be more victims than misses; the last ones are the most important. Which rows are hot decides where a row is
-// read from, never the result. A lane has at least as many hot places as it selects rows, so there is always room.
-#include "meet.cuh"
-#include "types.cuh"
+// how important the hot rows below the bin are. They publish these counts and wait for each other's (parts.cuh). From them each knows the
+// threshold, how many rows of exactly that key are taken (the lowest positions), where its rows go, whether the lane misses any, and how many
+// at most. It lists its rows; where the lane misses some, also the least important hot rows that were not selected, as victims (DESIGN.md,
+// section 6), by class of importance. There may be more victims than misses; the last ones are the most important. Which rows are hot decides
+// where a row is read from, never the result. A lane has at least as many hot places as it selects rows, so there is always room.
+#include "parts.cuh"
 
-constexpr u32 THREADS = 512;
-constexpr u32 WARPS = THREADS / 32;
-// What a part publishes: rows above the bin; rows of each key in it; rows from the bin on that are not hot, of which above it, and a bit for
-// each key in it that has some; free hot places; and by key in the bin, how many of its rows come before the first that is not hot.
-constexpr u32 OF_KEY = 1, COLD_ROWS = OF_KEY + REFINED, COLD_ABOVE = COLD_ROWS + 1, COLD_KEYS = COLD_ABOVE + 1, FREE = COLD_KEYS + 1, BEFORE_COLD = FREE + 1;
-static_assert(ABOVE_WORDS == BEFORE_COLD + REFINED / 2, "as in types.cuh");
 // Consecutive rows that a thread holds at once, and those of a block, and how many of these a block holds at most. Parts of up to 2^18 rows a
 // lane are one tile, where there are PARTS of them.
 constexpr u32 OWN_ROWS = 16;
-constexpr u32 TILE_ROWS = THREADS * OWN_ROWS;
+constexpr u32 TILE_ROWS = SELECT_THREADS * OWN_ROWS;
 constexpr u32 MOST_TILES = 2;
+// Rows that a thread lists at a time, so that what it looks up for them does not wait for each other.
+constexpr u32 AT_ONCE = 4;
+// Whose thread counts the block.
+constexpr u32 USHER = SELECT_THREADS - 1;
 // Blocks of a lane's hot places at most.
 constexpr u32 MOST_BLOCKS = COLD / POOL_BLOCK;
 
@@ -35,51 +32,11 @@ __device__ __forceinline__ Part part_of(u32 rows, u32 part) {
     return {first, min(rows, first + size)};
 }
 
-__device__ __forceinline__ u32 warp_sum(u32 x) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
-    return x;
-}
-
-template <typename Word>
-__device__ __forceinline__ Word warp_prefix(Word x) {
-    const u32 lane = threadIdx.x % 32;
-#pragma unroll
-    for (u32 step = 1; step < 32; step *= 2) {
-        const Word before = __shfl_up_sync(0xFFFFFFFFu, x, step);
-        if (lane >= step) x += before;
-    }
-    return x;
-}
-
-// Of the threads before this one, and of all.
-template <typename Word>
-struct Sum {
-    Word before, all;
-};
-
-// Sums over the threads of a block; `room` has a word a warp, and is free again after the next barrier. All threads take part.
-template <typename Word>
-__device__ __forceinline__ Sum<Word> block_sum(Word x, Word* room) {
-    const u32 warp = threadIdx.x / 32;
-    const Word inclusive = warp_prefix(x);
-    if (threadIdx.x % 32 == 31) room[warp] = inclusive;
-    __syncthreads();
-    Sum<Word> sum = {inclusive - x, 0};
-#pragma unroll
-    for (u32 other = 0; other < WARPS; other++) {
-        const Word of_other = room[other];
-        sum.before += other < warp ? of_other : 0;
-        sum.all += of_other;
-    }
-    return sum;
-}
-
 // The bin that holds the `wanted`-th largest key. `room`: one word a warp; `found`: where the result is shared.
 __device__ __forceinline__ u32 find_bin(const u32* histogram, u32 wanted, u32* room, u32* found) {
-    static_assert(BINS == 4 * THREADS, "four bins a thread");
+    static_assert(BINS == 4 * SELECT_THREADS, "four bins a thread");
     // Thread 0 has the highest bins.
-    const uint4 words = reinterpret_cast<const uint4*>(histogram)[THREADS - 1 - threadIdx.x];
+    const uint4 words = reinterpret_cast<const uint4*>(histogram)[SELECT_THREADS - 1 - threadIdx.x];
     const u32 counts[4] = {words.w, words.z, words.y, words.x};
     u32 above = block_sum(counts[0] + counts[1] + counts[2] + counts[3], room).before;
 #pragma unroll
@@ -91,29 +48,8 @@ __device__ __forceinline__ u32 find_bin(const u32* histogram, u32 wanted, u32* r
     return *found;
 }
 
-struct Cut {
-    u32 bin;      // every candidate of a lower bin is taken
-    u32 lower;    // so many
-    u32 of_last;  // and at most so many of this one
-};
-
-// The bin up to which `wanted` candidates reach; `last` where there are too few below that. `words`: the thread's bins.
-__device__ __forceinline__ Cut find_cut(const uint4 words, u32 wanted, u32 last, u32* room, Cut* found) {
-    const u32 counts[4] = {words.x, words.y, words.z, words.w};
-    const Sum<u32> sum = block_sum(counts[0] + counts[1] + counts[2] + counts[3], room);
-    u32 below = sum.before;
-#pragma unroll
-    for (u32 i = 0; i < 4; i++) {
-        if (below < wanted && below + counts[i] >= wanted) *found = {threadIdx.x * 4 + i, below, wanted - below};
-        below += counts[i];
-    }
-    if (threadIdx.x == 0 && sum.all < wanted) *found = {last, sum.all, wanted - sum.all};
-    __syncthreads();
-    return *found;
-}
-
 // Counts the upper bits of keys, for keys that the score kernel did not make; the first `sinks` rows are given the highest key.
-extern "C" __global__ void __launch_bounds__(THREADS) count_keys(const StepJob job) {
+extern "C" __global__ void __launch_bounds__(SELECT_THREADS) count_keys(const StepJob job) {
     __shared__ u32 bins[BINS];
     enter_stream();
     const u32 lane = blockIdx.y, slot = blockIdx.z;
@@ -122,15 +58,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) count_keys(const StepJob j
     const u32 rows = sequence.chunks * CHUNK_TOKENS;
     const Part part = part_of(rows, blockIdx.x);
     u16* keys = reinterpret_cast<u16*>(job.keys) + (u64)(slot * job.lanes + lane) * job.max_rows;
-    for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) bins[bin] = 0;
+    for (u32 bin = threadIdx.x; bin < BINS; bin += SELECT_THREADS) bins[bin] = 0;
     __syncthreads();
-    for (u32 row = part.first + threadIdx.x; row < part.end; row += THREADS) {
+    for (u32 row = part.first + threadIdx.x; row < part.end; row += SELECT_THREADS) {
         if (row < sequence.sinks) keys[row] = 0xFFFF;
         atomicAdd(&bins[keys[row] / REFINED], 1);
     }
     __syncthreads();
     u32* histogram = reinterpret_cast<u32*>(job.histogram) + (slot * job.lanes + lane) * BINS;
-    for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS)
+    for (u32 bin = threadIdx.x; bin < BINS; bin += SELECT_THREADS)
         if (bins[bin]) atomicAdd(&histogram[bin], bins[bin]);
 }
 
@@ -169,65 +105,37 @@ __device__ __forceinline__ u32 at_least(const OwnValues& values, u32 bound) {
     return mask;
 }
 
-// What a part selects: rows above `key`, and of the rows of exactly `key` the first `ties`; they begin at `first` in the lane's list.
-struct Share {
-    u32 key, ties, first, count;
-    u32 missed;             // rows that the lane misses at most; 0 where it misses none
-    u32 free, free_before;  // hot places of the lane without a row before the horizon, and those of earlier parts
-};
-
-struct ShareRoom {
-    __align__(16) u32 above[PARTS][ABOVE_WORDS];
-};
-
-// How many rows of a part's key in the bin come before the first of them that is not hot, or a lower number.
-__device__ __forceinline__ u32 before_cold(const u32* words, u32 key) {
-    return words[BEFORE_COLD + key / 2] >> key % 2 * 16 & 0xFFFFu;
+// The rows whose value is that of the row before: a bit each.
+__device__ __forceinline__ u32 same_as_before(const OwnValues& values) {
+    u32 mask = 0, before = 0;
+#pragma unroll
+    for (u32 i = 0; i < OWN_ROWS / 2; i++) {
+        const uint4 words = values.words[i / 4];
+        const u32 pair = i % 4 == 3 ? words.w : i % 4 == 2 ? words.z : i % 4 == 1 ? words.y : words.x, low = pair & 0xFFFFu, high = pair >> 16;
+        if (i > 0 && low == before) mask |= 1u << 2 * i;
+        if (high == low) mask |= 2u << 2 * i;
+        before = high;
+    }
+    return mask;
 }
 
-// By all threads of the block, from the counts of all parts.
-__device__ __forceinline__ Share share_of(const u32* above, u32 bin, u32 wanted, u32 part, ShareRoom& room, Share& shared) {
-    static_assert(PARTS == 32 && REFINED == 32 && ABOVE_WORDS % 2 == 1 && LEAST_PARTS * ABOVE_WORDS % 4 == 0 && PARTS * ABOVE_WORDS <= 4 * THREADS, "a warp has a thread for each");
-    // Parts that the grid does not have count nothing.
-    if (const u32 i = 4 * threadIdx.x; i < PARTS * ABOVE_WORDS) reinterpret_cast<uint4*>(&room.above[0][0])[i / 4] = i < gridDim.x * ABOVE_WORDS ? load_4_shared(above + i) : uint4{0, 0, 0, 0};
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        const u32 thread = threadIdx.x;
-        // Thread i is lower key i. Rows of the bin with larger keys come after it.
-        u32 here = 0;
-#pragma unroll
-        for (u32 other = 0; other < PARTS; other++) here += room.above[other][OF_KEY + thread];
-        const u32 higher = warp_sum(room.above[thread][0]);
-        const u32 to_here = warp_prefix(here), all = __shfl_sync(0xFFFFFFFFu, to_here, 31);
-        const u32 larger = higher + all - to_here;
-        const u32 threshold = __ffs(__ballot_sync(0xFFFFFFFFu, larger < wanted && larger + here >= wanted)) - 1;
-        const u32 all_ties = wanted - __shfl_sync(0xFFFFFFFFu, larger, threshold);
-        // Thread i is part i.
-        const u32* own = room.above[thread];
-        u32 over = own[0];
-#pragma unroll
-        for (u32 key = 0; key < REFINED; key++) over += key > threshold ? own[OF_KEY + key] : 0;
-        const u32 equal = own[OF_KEY + threshold];
-        const u32 ties_before = min(all_ties, warp_prefix(equal) - equal), ties = min(all_ties - ties_before, equal);
-        const u32 count = over + ties, end = warp_prefix(count);
-        // A selected row is not hot where one above the threshold is not, or a tie that is taken.
-        const u32 cold_keys = own[COLD_KEYS] >> threshold;
-        const bool misses = own[COLD_ABOVE] || cold_keys >> 1 || (cold_keys && before_cold(own, threshold) < ties);
-        const bool lane_misses = __any_sync(0xFFFFFFFFu, misses);
-        const u32 most_missed = min(wanted, warp_sum(own[COLD_ROWS]));
-        const u32 free_to_here = warp_prefix(own[FREE]), free = __shfl_sync(0xFFFFFFFFu, free_to_here, 31);
-        if (thread == part) {
-            shared = {bin * REFINED + threshold, ties, end - count, count, lane_misses ? most_missed : 0, free, free_to_here - own[FREE]};
-        }
+// Takes the rows of a mask, neighbours of the same value at a time: `take(first, rows)`. Keys of neighbours are often the same where many rows
+// are hot or selected, and then one addition counts them all.
+template <typename Take>
+__device__ __forceinline__ void each_run(u32 mask, u32 same, const Take& take) {
+#pragma unroll 1
+    while (mask) {
+        const u32 first = __ffs(mask) - 1, rows = __ffs(~((mask & same) >> first >> 1));
+        mask &= ~0u << (first + rows);
+        take(first, rows);
     }
-    __syncthreads();
-    return shared;
 }
 
 // The lowest `count` bits of a mask.
 __device__ __forceinline__ u32 lowest_bits(u32 mask, u32 count) {
     u32 dropped = __popc(mask);
     dropped -= min(dropped, count);
+#pragma unroll 1
     for (; dropped; dropped--) mask &= ~(0x80000000u >> __clz(mask));
     return mask;
 }
@@ -250,7 +158,6 @@ struct Lane {
     u32* places;
     Miss* misses;
     Victim* victims;
-    u32* bins;
     VictimCounts* counts;
     const u32* slots;
     const u64* planes;
@@ -269,7 +176,6 @@ __device__ __forceinline__ Lane lane_of(const StepJob& job, const SequenceState&
         reinterpret_cast<u32*>(job.hot_places) + list,
         reinterpret_cast<Miss*>(job.misses) + list,
         reinterpret_cast<Victim*>(job.victims) + list,
-        reinterpret_cast<u32*>(job.victim_bins) + own_lane * BINS,
         reinterpret_cast<VictimCounts*>(job.victim_counts) + own_lane,
         reinterpret_cast<const u32*>(sequence.slots),
         reinterpret_cast<const u64*>(job.planes),
@@ -278,51 +184,45 @@ __device__ __forceinline__ Lane lane_of(const StepJob& job, const SequenceState&
     };
 }
 
-// Keys and hot places of a tile's rows, and which rows are hot: a bit each.
+// Keys and hot places of a tile's rows; which rows are hot, and which have the key of the row before: a bit each.
 struct Tile {
-    OwnValues keys[THREADS], places[THREADS];
-    u16 hot[THREADS];
+    OwnValues keys[SELECT_THREADS], places[SELECT_THREADS];
+    u16 hot[SELECT_THREADS], same[SELECT_THREADS];
 };
 static_assert(sizeof(Tile) == SELECT_TILE_BYTES, "as in step.rs");
 
 // Room that the block's threads share, beside tiles.
 struct Room {
-    union {
-        u32 bins[BINS];
-        ShareRoom above;  // once the bins have been added to the lane's
-    };
+    AllParts parts;
     u32 blocks[MOST_BLOCKS];  // where the lane's places are stored
     u64 pages[MOST_TILES * TILE_ROWS / CHUNK_TOKENS];  // where the lane's rows of the part's chunks lie on the host
-    u64 counted[WARPS];
-    Share share;
-    u32 sums[2][WARPS];
-    u32 counts[ABOVE_WORDS];
+    u64 counted[SELECT_WARPS];
+    u32 sums[2][SELECT_WARPS];
+    u32 counts[PART_WORDS];
     u32 first_cold[REFINED];  // first row of each key in the bin that is not hot
     u32 before[REFINED];      // rows of that key before it
-    u32 found;
-    Cut cut;
-    u32 first_lower, first_last;
+    u32 found, launch;
 };
 
-// What no kernel changes between a step's gather and the next step's. Rows from `end` on are not hot.
-__device__ __forceinline__ void load_places(const Lane& lane, u32 row, u32 end, Tile& tile) {
-    const bool has = lane.map && row < end;
+// The thread's places, where rows have any, and which of them are hot. What no kernel changes between a step's gather and the next step's.
+__device__ __forceinline__ void load_places(const u16* map, bool has, Tile& tile) {
     OwnValues& places = tile.places[threadIdx.x];
-    if (has) {
-        places.words[0] = reinterpret_cast<const uint4*>(lane.map + row)[0];
-        places.words[1] = reinterpret_cast<const uint4*>(lane.map + row)[1];
-    }
+    if (has) places.words[0] = reinterpret_cast<const uint4*>(map)[0], places.words[1] = reinterpret_cast<const uint4*>(map)[1];
     tile.hot[threadIdx.x] = has ? ~at_least(places, COLD) : 0;
 }
 
-// Rows from `end` on have the lowest key.
-__device__ __forceinline__ void load_keys(const Lane& lane, u32 row, u32 end, Tile& tile) {
+// The thread's keys. Rows that are not there have the lowest one.
+__device__ __forceinline__ void load_keys(const u16* from, bool has, Tile& tile) {
     OwnValues& keys = tile.keys[threadIdx.x];
-    keys.words[0] = keys.words[1] = {0, 0, 0, 0};
-    if (row < end) {
-        keys.words[0] = reinterpret_cast<const uint4*>(lane.keys + row)[0];
-        keys.words[1] = reinterpret_cast<const uint4*>(lane.keys + row)[1];
-    }
+    keys.words[0] = has ? reinterpret_cast<const uint4*>(from)[0] : uint4{0, 0, 0, 0};
+    keys.words[1] = has ? reinterpret_cast<const uint4*>(from)[1] : uint4{0, 0, 0, 0};
+    tile.same[threadIdx.x] = same_as_before(keys);
+}
+
+// Both, by a function of its own: few parts are so long, and the code of the others stays short.
+__device__ __noinline__ void load_again(const u16* map, const u16* keys, bool has, Tile& tile) {
+    load_places(map, map && has, tile);
+    load_keys(keys, has, tile);
 }
 
 // A part's tiles. Where there is room for all of them they are loaded once, otherwise anew in each pass.
@@ -346,8 +246,8 @@ __device__ __forceinline__ Tile& tile_of(const Tiles& tiles, u32 base) { return 
 // The tile that begins at `base`, loaded. A thread uses its own rows only.
 __device__ __forceinline__ Tile& tile_at(const Lane& lane, const Tiles& tiles, u32 base) {
     if (tiles.held) return tile_of(tiles, base);
-    load_places(lane, own_row(base), tiles.rows.end, tiles.tiles[0]);
-    load_keys(lane, own_row(base), tiles.rows.end, tiles.tiles[0]);
+    const u32 row = own_row(base);
+    load_again(lane.map ? lane.map + row : nullptr, lane.keys + row, row < tiles.rows.end, tiles.tiles[0]);
     return tiles.tiles[0];
 }
 
@@ -357,79 +257,76 @@ __device__ __forceinline__ u64 page_of(const Lane& lane, u32 chunk) {
     return lane.planes[at >> 16] + (at & 0xFFFFu) * lane.page_bytes + lane.in_page;
 }
 
-// Counts the part's rows above the bin and those of each key in it, which of them are not hot, and the keys of hot rows below the bin. The
+// Counts the part's rows above the bin and those of each key in it, which of them are not hot, and the hot rows below the bin by class. The
 // counts are complete after the next barrier, but for `before`, for which count_before_cold has to follow.
 __device__ __forceinline__ void count_part(const Lane& lane, const Tiles& tiles, u32 bin, Room& room) {
-    u32 above = 0, cold = 0, cold_above = 0;
+    u32 above = 0, cold = 0, cold_above = 0, hot_rows = 0;
+#pragma unroll 1
     for (u32 base = tiles.rows.first; base < tiles.rows.end; base += TILE_ROWS) {
         const Tile& tile = tile_at(lane, tiles, base);
         const OwnValues& keys = tile.keys[threadIdx.x];
         const u32 over = at_least(keys, (bin + 1) * REFINED), from_bin = at_least(keys, bin * REFINED) & rows_within(own_row(base), tiles.rows.end);
+        const u32 in_bin = from_bin & ~over, same = tile.same[threadIdx.x];
         above += __popc(over);
-        for (u32 rest = from_bin & ~over; rest;) atomicAdd(&room.counts[OF_KEY + value_at(keys, next_bit(rest)) % REFINED], 1);
+        each_run(in_bin, same, [&](u32 first, u32 rows) { atomicAdd(&room.counts[OF_KEY + value_at(keys, first) % REFINED], rows); });
         if (lane.map == nullptr) continue;
         const u32 hot = tile.hot[threadIdx.x];
         cold += __popc(from_bin & ~hot);
         cold_above += __popc(over & ~hot);
-        for (u32 rest = from_bin & ~over & ~hot; rest;) {
-            const u32 i = next_bit(rest);
-            atomicMin(&room.first_cold[value_at(keys, i) % REFINED], own_row(base) + i);
-        }
-        for (u32 rest = hot & ~from_bin; rest;) atomicAdd(&room.bins[value_at(keys, next_bit(rest)) / REFINED], 1);
+        hot_rows += __popc(hot);
+        each_run(in_bin & ~hot, same, [&](u32 first, u32) { atomicMin(&room.first_cold[value_at(keys, first) % REFINED], own_row(base) + first); });
+        each_run(hot & ~from_bin, same, [&](u32 first, u32 rows) { atomicAdd(&room.counts[OF_CLASS + class_of(value_at(keys, first) / REFINED, bin)], rows); });
     }
     above = warp_sum(above);
-    if (threadIdx.x % 32 == 0 && above) atomicAdd(&room.counts[0], above);
+    if (threadIdx.x % 32 == 0 && above) atomicAdd(&room.counts[OVER], above);
     if (lane.map == nullptr) return;
-    cold = warp_sum(cold), cold_above = warp_sum(cold_above);
-    if (threadIdx.x % 32 == 0 && cold) atomicAdd(&room.counts[COLD_ROWS], cold), atomicAdd(&room.counts[COLD_ABOVE], cold_above);
+    cold = warp_sum(cold), cold_above = warp_sum(cold_above), hot_rows = warp_sum(hot_rows);
+    if (threadIdx.x % 32) return;
+    if (cold) atomicAdd(&room.counts[COLD_ROWS], cold), atomicAdd(&room.counts[COLD_ABOVE], cold_above);
+    if (hot_rows) atomicAdd(&room.counts[HOT_ROWS], hot_rows);
 }
 
 // Counts, for each key in the bin, the rows before the first that is not hot.
 __device__ __forceinline__ void count_before_cold(const Lane& lane, const Tiles& tiles, u32 bin, Room& room) {
+#pragma unroll 1
     for (u32 base = tiles.rows.first; base < tiles.rows.end; base += TILE_ROWS) {
         const Tile& tile = tile_at(lane, tiles, base);
         const OwnValues& keys = tile.keys[threadIdx.x];
-        for (u32 rest = at_least(keys, bin * REFINED) & ~at_least(keys, (bin + 1) * REFINED) & tile.hot[threadIdx.x]; rest;) {
-            const u32 i = next_bit(rest), key = value_at(keys, i) % REFINED;
-            if (own_row(base) + i < room.first_cold[key]) atomicAdd(&room.before[key], 1);
-        }
+        const u32 hot_in_bin = at_least(keys, bin * REFINED) & ~at_least(keys, (bin + 1) * REFINED) & tile.hot[threadIdx.x];
+        each_run(hot_in_bin, tile.same[threadIdx.x], [&](u32 first, u32 rows) {
+            const u32 key = value_at(keys, first) % REFINED;
+            if (own_row(base) + first < room.first_cold[key]) atomicAdd(&room.before[key], rows);
+        });
     }
 }
 
-// Writes the part's words, of which `free` is one.
-__device__ __forceinline__ void publish(u32 free, u32* words, const Room& room) {
-    static_assert(ABOVE_WORDS <= 64, "two warps, and one for the keys");
+// Publishes what the part has counted.
+__device__ __forceinline__ void publish(u64* words, const Room& room) {
+    static_assert(PART_WORDS <= 96 && BEFORE_COLD + REFINED / 2 == OF_CLASS, "three warps, and one for the keys");
     const u32 word = threadIdx.x;
-    if (word < BEFORE_COLD) {
-        if (word != COLD_KEYS) words[word] = word == FREE ? free : room.counts[word];
-    } else if (word < ABOVE_WORDS) {
-        const u32 key = 2 * (word - BEFORE_COLD);
-        words[word] = min(room.before[key], 0xFFFFu) | min(room.before[key + 1], 0xFFFFu) << 16;
-    } else if (word / 32 == 2) {
+    if (word < PART_WORDS && word != COLD_KEYS) {
+        u32 value = room.counts[word];
+        if (word >= BEFORE_COLD && word < OF_CLASS) {
+            const u32 key = 2 * (word - BEFORE_COLD);
+            value = min(room.before[key], 0xFFFFu) | min(room.before[key + 1], 0xFFFFu) << 16;
+        }
+        give_word(words + word, value, room.launch);
+    } else if (word / 32 == 3) {
         const u32 keys = __ballot_sync(0xFFFFFFFFu, room.first_cold[word % 32] != NOBODY);
-        if (word % 32 == 0) words[COLD_KEYS] = keys;
+        if (word % 32 == 0) give_word(words + COLD_KEYS, keys, room.launch);
     }
 }
 
-// Which hot rows give way: all candidates of lower bins, then of the last bin whoever comes first, after `free` free places.
-struct Eviction {
-    u32 free;
-    Cut cut;
-};
-
-// As many as the lane misses at most; a lane may have fewer candidates, never fewer than misses. `bins`: the thread's bins of candidates.
-__device__ __forceinline__ Eviction eviction_of(const Share& share, const uint4 bins, Room& room) {
-    const u32 free = min(share.missed, share.free);
-    if (share.missed == free) return {free, {0, 0, 0}};
-    return {free, find_cut(bins, share.missed - free, share.key / REFINED, room.sums[0], &room.cut)};
-}
-
-// Lists free places as victims.
-__device__ __forceinline__ void list_free_places(const Lane& lane, const Share& share, u32 free, u32 horizon, u32 part, u32 own_free_before, const Room& room) {
-    u32 index = share.free_before + own_free_before;
-    for (u32 place = part * THREADS + threadIdx.x; place < lane.pool; place += gridDim.x * THREADS) {
-        const u32 at = stored_at(room.blocks, place), row = lane.owner[at];
-        if (row >= horizon && index++ < free) lane.victims[index - 1] = {place, row, at, 0};
+// Lists free places as victims, in no order.
+__device__ __forceinline__ void list_free_places(const Lane& lane, u32 free, u32 horizon, const Room& room) {
+#pragma unroll 1
+    for (u32 first = blockIdx.x * SELECT_THREADS; first < lane.pool; first += gridDim.x * SELECT_THREADS) {
+        const u32 place = first + threadIdx.x, at = place < lane.pool ? stored_at(room.blocks, place) : 0;
+        const u32 row = place < lane.pool ? lane.owner[at] : 0;
+        const u32 own = threadIdx.x % 32, found = __ballot_sync(0xFFFFFFFFu, place < lane.pool && row >= horizon);
+        u32 index = own == 0 && found ? atomicAdd(&lane.counts->free, __popc(found)) : 0;
+        index = __shfl_sync(0xFFFFFFFFu, index, 0) + __popc(found & ((1u << own) - 1));
+        if (found >> own & 1 && index < free) lane.victims[index] = {place, row, at, 0};
     }
 }
 
@@ -438,25 +335,26 @@ struct Victims {
     u32 lower, last;
 };
 
-__device__ __forceinline__ Victims victims_of(const OwnValues& keys, u32 candidates, const Cut& cut) {
+__device__ __forceinline__ Victims victims_of(const OwnValues& keys, u32 candidates, u32 same, u32 bin, u32 cut) {
     Victims victims = {0, 0};
-    while (candidates) {
-        const u32 i = next_bit(candidates), bin = value_at(keys, i) / REFINED;
-        victims.lower |= (u32)(bin < cut.bin) << i;
-        victims.last |= (u32)(bin == cut.bin) << i;
-    }
+    each_run(candidates, same, [&](u32 first, u32 rows) {
+        const u32 of = class_of(value_at(keys, first) / REFINED, bin), run = ((1u << rows) - 1) << first;
+        if (of > cut) victims.lower |= run;
+        if (of == cut) victims.last |= run;
+    });
     return victims;
 }
 
-// Lists the thread's victims from `of_lower` and `of_last` on, each counted among its own.
-__device__ __forceinline__ void list_victims(const Lane& lane, Victims victims, const Eviction& eviction, const OwnValues& places, u32 row, u32 of_lower, u32 of_last, const Room& room) {
-    while (victims.lower) {
-        const u32 i = next_bit(victims.lower), place = value_at(places, i);
-        lane.victims[eviction.free + of_lower++] = {place, row + i, stored_at(room.blocks, place), 0};
-    }
-    for (; victims.last && of_last < eviction.cut.of_last; of_last++) {
-        const u32 i = next_bit(victims.last), place = value_at(places, i);
-        lane.victims[eviction.free + eviction.cut.lower + of_last] = {place, row + i, stored_at(room.blocks, place), 0};
+// Lists the thread's rows of a mask as victims from `at` on, up to `end`.
+__device__ __forceinline__ void list_victims(const Lane& lane, u32 victims, const OwnValues& places, u32 row, u32 at, u32 end, const Room& room) {
+#pragma unroll 1
+    for (; victims && at < end; at += AT_ONCE) {
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; i++) {
+            if (!victims || at + i >= end) break;
+            const u32 own = next_bit(victims), place = value_at(places, own);
+            lane.victims[at + i] = {place, row + own, stored_at(room.blocks, place), 0};
+        }
     }
 }
 
@@ -466,7 +364,9 @@ __device__ __forceinline__ u32 list_part(const Lane& lane, const Tiles& tiles, c
     // Counts of misses and of victims side by side in a word: a tile has fewer than 2^14 rows.
     constexpr u32 LOWER = 21, LAST = 42, COUNT = (1u << LOWER) - 1;
     const u32 end = tiles.rows.end;
-    u32 over_before = 0, ties_before = 0, missed = 0;
+    u32 over_before = 0, ties_before = 0;
+    u64 counted = 0;
+#pragma unroll 1
     for (u32 base = tiles.rows.first; base < end; base += TILE_ROWS) {
         const u32 row = own_row(base);
         const Tile& tile = tile_at(lane, tiles, base);
@@ -480,35 +380,43 @@ __device__ __forceinline__ u32 list_part(const Lane& lane, const Tiles& tiles, c
         u32 at = share.first + over_before + (sum.before & 0xFFFFu) + min(ties, share.ties);
         over_before += sum.all & 0xFFFFu;
         ties_before += sum.all >> 16;
-        Victims victims = {0, 0};
-        Sum<u64> counts = {0, 0};
+        u32 missed_before = 0;
         if (share.missed) {
-            victims = victims_of(keys, hot & ~selected, eviction.cut);
-            counts = block_sum((u64)__popc(selected & ~hot) | (u64)__popc(victims.lower) << LOWER | (u64)__popc(victims.last) << LAST, room.counted);
-            if (threadIdx.x == 0) room.first_lower = atomicAdd(&lane.counts->lower, (u32)(counts.all >> LOWER) & COUNT);
-            if (threadIdx.x == 32) room.first_last = atomicAdd(&lane.counts->last, (u32)(counts.all >> LAST));
+            const Victims victims = victims_of(keys, hot & ~selected, tile.same[threadIdx.x], share.key / REFINED, eviction.cut);
+            const Sum<u64> counts = block_sum((u64)__popc(selected & ~hot) | (u64)__popc(victims.lower) << LOWER | (u64)__popc(victims.last) << LAST, room.counted);
+            const u64 before = counted + counts.before;
+            missed_before = (u32)before & COUNT;
+            const u32 lower = eviction.lower + ((u32)(before >> LOWER) & COUNT);
+            list_victims(lane, victims.lower, places, row, lower, NOBODY, room);
+            u32 last = eviction.last + (u32)(before >> LAST);
+            // Nobody has counted how many of the threshold's own bin each part has.
+            if (eviction.cut == 0 && victims.last) last = eviction.last + atomicAdd(&lane.counts->last, __popc(victims.last));
+            list_victims(lane, victims.last, places, row, last, eviction.end, room);
+            counted += counts.all;
+            // The words of this sum are read before the next tile's first barrier.
         }
-        Miss* miss = lane.misses + share.first + missed + ((u32)counts.before & COUNT);
-        missed += (u32)counts.all & COUNT;
-        for (u32 rest = selected; rest; at++) {
-            const u32 i = next_bit(rest);
-            lane.positions[at] = row + i;
-            if (lane.map == nullptr) continue;
-            if (hot >> i & 1) {
-                lane.places[at] = stored_at(room.blocks, value_at(places, i));
-            } else {
-                const u64 page = tiles.held ? room.pages[(row - tiles.rows.first) / CHUNK_TOKENS] : page_of(lane, row / CHUNK_TOKENS);
-                *miss++ = {page + (row + i) % CHUNK_TOKENS * ROW_BYTES, row + i, at};
+        Miss* miss = lane.misses + share.first + missed_before;
+#pragma unroll 1
+        for (u32 rest = selected; rest; at += AT_ONCE) {
+#pragma unroll
+            for (u32 i = 0; i < AT_ONCE; i++) {
+                if (!rest) break;
+                const u32 own = next_bit(rest);
+                lane.positions[at + i] = row + own;
+                if (lane.map == nullptr) continue;
+                if (hot >> own & 1) {
+                    lane.places[at + i] = stored_at(room.blocks, value_at(places, own));
+                } else {
+                    const u64 page = tiles.held ? room.pages[(row - tiles.rows.first) / CHUNK_TOKENS] : page_of(lane, row / CHUNK_TOKENS);
+                    *miss++ = {page + (row + own) % CHUNK_TOKENS * ROW_BYTES, row + own, at + i};
+                }
             }
         }
-        if (share.missed == 0) continue;
-        __syncthreads();
-        list_victims(lane, victims, eviction, places, row, room.first_lower + ((u32)(counts.before >> LOWER) & COUNT), room.first_last + (u32)(counts.before >> LAST), room);
     }
-    return missed;
+    return (u32)counted & COUNT;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 3) select(const StepJob job) {
+extern "C" __global__ void __launch_bounds__(SELECT_THREADS, 3) select(const StepJob job) {
     extern __shared__ __align__(16) Tile own_tiles[];
     __shared__ __align__(16) Room room;
     const u32 lane_index = job.first_lane + blockIdx.y, slot = blockIdx.z, part = blockIdx.x;
@@ -520,45 +428,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 3) select(const StepJob jo
     const Lane lane = lane_of(job, sequence, place, slot, lane_index);
     const Tiles tiles = tiles_of(rows, own_tiles);
     if (tiles.held) {
-        for (u32 base = rows.first; base < rows.end; base += TILE_ROWS) load_places(lane, own_row(base), rows.end, tile_of(tiles, base));
+#pragma unroll 1
+        for (u32 base = rows.first; base < rows.end; base += TILE_ROWS) load_places(lane.map + own_row(base), lane.map && own_row(base) < rows.end, tile_of(tiles, base));
     }
     if (const u32 chunk = rows.first / CHUNK_TOKENS + threadIdx.x; tiles.held && lane.map && chunk * CHUNK_TOKENS < rows.end) room.pages[threadIdx.x] = page_of(lane, chunk);
-    u32 free = 0;
-    if (lane.map && horizon) {
-        for (u32 place = part * THREADS + threadIdx.x; place < lane.pool; place += gridDim.x * THREADS) free += lane.owner[stored_at(lane.blocks, place)] >= horizon;
-    }
-    for (u32 i = threadIdx.x; i < BINS; i += THREADS) room.bins[i] = 0;
-    for (u32 i = threadIdx.x; i < lane.pool / POOL_BLOCK; i += THREADS) room.blocks[i] = lane.blocks[i];
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < lane.pool / POOL_BLOCK; i += SELECT_THREADS) room.blocks[i] = lane.blocks[i];
     if (threadIdx.x < REFINED) room.first_cold[threadIdx.x] = NOBODY, room.before[threadIdx.x] = 0;
-    if (threadIdx.x < ABOVE_WORDS) room.counts[threadIdx.x] = 0;
-    // The words of a sum are read before the barriers that follow.
-    const Sum<u32> own_free = block_sum(free, room.sums[1]);
+    if (threadIdx.x < PART_WORDS) room.counts[threadIdx.x] = 0;
     enter_stream();
     if (horizon == 0) return;
+    u32 arrived = 0;
+    if (threadIdx.x == USHER) arrived = arrive(&reinterpret_cast<Arrivals*>(job.arrivals)[own_lane].select, PARTS / gridDim.x);
     if (tiles.held) {
-        for (u32 base = rows.first; base < rows.end; base += TILE_ROWS) load_keys(lane, own_row(base), rows.end, tile_of(tiles, base));
+#pragma unroll 1
+        for (u32 base = rows.first; base < rows.end; base += TILE_ROWS) load_keys(lane.keys + own_row(base), own_row(base) < rows.end, tile_of(tiles, base));
     }
-    u32* arrivals = &reinterpret_cast<Arrivals*>(job.arrivals)[own_lane].select;
-    u32* above = reinterpret_cast<u32*>(job.above) + own_lane * PARTS * ABOVE_WORDS;
     const u32 bin = find_bin(reinterpret_cast<const u32*>(job.histogram) + own_lane * BINS, sequence.count, room.sums[0], &room.found);
     count_part(lane, tiles, bin, room);
+    if (threadIdx.x == USHER) room.launch = arrived / PARTS + 1;
     __syncthreads();
     if (lane.map) {
         count_before_cold(lane, tiles, bin, room);
-        for (u32 i = threadIdx.x; i < BINS; i += THREADS)
-            if (room.bins[i]) atomicAdd(&lane.bins[i], room.bins[i]);
         __syncthreads();
     }
-    publish(own_free.all, above + part * ABOVE_WORDS, room);
-    meet(arrivals, PARTS / gridDim.x, PARTS);
-    uint4 bins = {0, 0, 0, 0};
-    if (lane.map) bins = load_4_shared(lane.bins + 4 * threadIdx.x);
-    const Share share = share_of(above, bin, sequence.count, part, room.above, room.share);
-    const Eviction eviction = eviction_of(share, bins, room);
-    if (eviction.free > share.free_before) list_free_places(lane, share, eviction.free, horizon, part, own_free.before, room);
+    u64* words = reinterpret_cast<u64*>(job.part_words) + own_lane * PARTS * PART_WORDS;
+    publish(words + part * PART_WORDS, room);
+    take_words(words, gridDim.x, room.launch, room.parts);
+    if (threadIdx.x < 32) room.parts.share = share_of(room.parts, bin, sequence.count, part);
+    if (threadIdx.x / 32 == 1 && lane.map) room.parts.eviction = eviction_of(room.parts, lane.pool, sequence.count, part);
+    __syncthreads();
+    const Share share = room.parts.share;
+    const Eviction eviction = room.parts.eviction;
+    if (share.missed && eviction.free) list_free_places(lane, eviction.free, horizon, room);
     const u32 missed = list_part(lane, tiles, share, eviction, room);
     if (lane.map == nullptr || threadIdx.x > 0) return;
-    if (missed) atomicAdd(&lane.counts->missed, missed);
     reinterpret_cast<PartCounts*>(job.part_counts)[own_lane * PARTS + part] = {share.first, missed};
     u64* counters = reinterpret_cast<u64*>(job.counters) + own_lane * 2;
     atomicAdd(&counters[0], (u64)(share.count - missed));

@@ -7,7 +7,7 @@ use cudarc::driver::CudaStream;
 use super::batch::BatchShape;
 use super::buffer::DeviceBuffer;
 use super::error::CudaError;
-use super::jobs::{ABOVE_WORDS, Arrivals, BINS, LEAST_PARTS, LayerPlace, NOBODY, PARTS, SAMPLE_SUMS, SequenceState, StepJob, VictimCounts};
+use super::jobs::{Arrivals, BINS, LEAST_PARTS, LayerPlace, NOBODY, PART_WORDS, PARTS, SAMPLE_SUMS, SequenceState, StepJob, VictimCounts};
 use super::label::Labeller;
 use super::module::{Grid, Modules, Source, Specialisation};
 use super::step::{SCORE_THREADS, SELECT_THREADS, SELECT_TILE_BYTES, SELECT_TILE_ROWS, score_blocks_of_lane};
@@ -58,7 +58,6 @@ pub(super) fn score(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Score
     let label_lse = DeviceBuffer::<f32>::zeroed(stream, lanes * group * SAMPLE_SUMS * 2)?;
     let room = DeviceBuffer::<u16>::zeroed(stream, keys.len())?;
     let histogram = DeviceBuffer::<u32>::zeroed(stream, lanes * BINS)?;
-    let victim_bins = DeviceBuffer::<u32>::zeroed(stream, lanes * BINS)?;
     let victim_counts = DeviceBuffer::<VictimCounts>::zeroed(stream, lanes)?;
     let arrivals = DeviceBuffer::<Arrivals>::zeroed(stream, lanes)?;
     // A step begins by appending the newest row, which nobody reads here.
@@ -82,7 +81,6 @@ pub(super) fn score(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Score
         label_lse: label_lse.address(),
         keys: room.address(),
         histogram: histogram.address(),
-        victim_bins: victim_bins.address(),
         victim_counts: victim_counts.address(),
         arrivals: arrivals.address(),
         lanes: lanes as u32,
@@ -117,7 +115,7 @@ pub(super) fn select(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Sele
         room.write(stream, lane * padded, keys)?;
     }
     let histogram = DeviceBuffer::<u32>::zeroed(stream, lanes * BINS)?;
-    let above = DeviceBuffer::<u32>::zeroed(stream, lanes * PARTS * ABOVE_WORDS)?;
+    let part_words = DeviceBuffer::<u64>::zeroed(stream, lanes * PARTS * PART_WORDS)?;
     let list = DeviceBuffer::<u32>::zeroed(stream, lanes * count)?;
     let arrivals = DeviceBuffer::<Arrivals>::zeroed(stream, lanes)?;
     let state = SequenceState {
@@ -134,7 +132,7 @@ pub(super) fn select(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Sele
         parts: parts as u32,
         keys: room.address(),
         histogram: histogram.address(),
-        above: above.address(),
+        part_words: part_words.address(),
         positions: list.address(),
         arrivals: arrivals.address(),
         lanes: lanes as u32,

@@ -12,9 +12,9 @@ use super::open::Gpu;
 /// Threads of the kernels' blocks, as their sources say.
 pub(super) const SCORE_THREADS: usize = 512;
 pub(super) const SELECT_THREADS: usize = 512;
-/// Rows of a tile of the select kernel, sixteen a thread, and what it takes of shared memory: key, hot place, and a bit of each.
+/// Rows of a tile of the select kernel, sixteen a thread, and what it takes of shared memory: key, hot place, and two bits of each.
 pub(super) const SELECT_TILE_ROWS: usize = SELECT_THREADS * 16;
-pub(super) const SELECT_TILE_BYTES: usize = SELECT_TILE_ROWS * 4 + SELECT_TILE_ROWS / 8;
+pub(super) const SELECT_TILE_BYTES: usize = SELECT_TILE_ROWS * 4 + SELECT_TILE_ROWS / 4;
 const GATHER_THREADS: usize = 384;
 /// Rows that a warp of the gather takes at a time, where one sequence is fetched, and beside other sequences: the fewer, the more are on their way
 /// across the link at a time, and the longer everything else takes.

@@ -16,9 +16,8 @@ constexpr u32 SAMPLE_SUMS = 64;
 // Blocks that share a lane while rows are selected, each with a contiguous part of the rows: a power of two, between these.
 constexpr u32 PARTS = 32;
 constexpr u32 LEAST_PARTS = 4;
-// What a part of a lane's rows publishes before its blocks meet: words of a table, and 16-bit values in pairs. An odd number of words, so that
-// parts lie in shared-memory banks of their own.
-constexpr u32 ABOVE_WORDS = 53;
+// What a part of a lane's rows publishes (parts.cuh). An odd number of words, so that parts lie in shared-memory banks of their own.
+constexpr u32 PART_WORDS = 85;
 // Hot places are given to lanes in blocks of so many.
 constexpr u32 POOL_BLOCK = 64;
 
@@ -78,15 +77,14 @@ struct __align__(16) Victim {
 
 // What a lane's victims are counted with.
 struct VictimCounts {
-    u32 lower, last;  // places taken of lower bins, and of the last one
-    u32 missed;       // selected rows that are not hot
-    u32 unused;
+    u32 free;  // free places
+    u32 last;  // rows of the threshold's own bin
 };
 
 // Blocks of a lane that came somewhere. Counts go on from launch to launch.
 struct Arrivals {
     u32 score;   // in score.cu: 128 a launch, whatever its blocks
-    u32 select;  // to the barrier of select.cu
+    u32 select;  // in select.cu: PARTS a launch, whatever its blocks
     u32 attend;  // to the end of attention, modulo the lane's blocks
     u32 unused;
 };
@@ -108,12 +106,11 @@ struct StepJob {
     u64 label_lse;     // u64[slot][query head][SAMPLE_SUMS]: log-sum-exps (log2) of sampled label scores, and their launch
     u64 keys;          // u16[slot][lane][max_rows]
     u64 histogram;     // u32[slot][lane][BINS]: keys by their upper bits
-    u64 above;         // u32[slot][lane][PARTS][ABOVE_WORDS]
+    u64 part_words;    // u64[slot][lane][PARTS][PART_WORDS]: what parts publish, and its launch
     u64 positions;     // u32[slot][lane][max_count]: selected rows, ascending
     u64 hot_places;    // u32[slot][lane][max_count]: stored rows that they are
     u64 misses;        // Miss[slot][lane][max_count], by part
     u64 part_counts;   // PartCounts[slot][lane][PARTS]
-    u64 victim_bins;   // u32[slot][lane][BINS]: hot rows that may be dropped, likewise
     u64 victims;       // Victim[slot][lane][max_count]
     u64 victim_counts; // VictimCounts[slot][lane]
     u64 partials;      // f32[slot][lane][max_blocks][PARTIAL]

@@ -5,19 +5,18 @@ use cudarc::driver::CudaStream;
 use super::batch::BatchShape;
 use super::buffer::DeviceBuffer;
 use super::error::CudaError;
-use super::jobs::{ABOVE_WORDS, Arrivals, BINS, Miss, PARTS, PartCounts, SAMPLE_SUMS, Victim, VictimCounts};
+use super::jobs::{Arrivals, BINS, Miss, PART_WORDS, PARTS, PartCounts, SAMPLE_SUMS, Victim, VictimCounts};
 
 /// Working room that layers share, `[slot]` first.
 pub(super) struct Workspace {
     pub(super) label_lse: DeviceBuffer<f32>,
     pub(super) keys: DeviceBuffer<u16>,
     pub(super) histogram: DeviceBuffer<u32>,
-    pub(super) above: DeviceBuffer<u32>,
+    pub(super) part_words: DeviceBuffer<u64>,
     pub(super) positions: DeviceBuffer<u32>,
     pub(super) hot_places: DeviceBuffer<u32>,
     pub(super) misses: DeviceBuffer<Miss>,
     pub(super) part_counts: DeviceBuffer<PartCounts>,
-    pub(super) victim_bins: DeviceBuffer<u32>,
     pub(super) victims: DeviceBuffer<Victim>,
     pub(super) victim_counts: DeviceBuffer<VictimCounts>,
     pub(super) partials: DeviceBuffer<f32>,
@@ -32,12 +31,11 @@ impl Workspace {
             label_lse: DeviceBuffer::zeroed(stream, lanes * group * SAMPLE_SUMS * 2)?,
             keys: DeviceBuffer::zeroed(stream, lanes * shape.max_tokens)?,
             histogram: DeviceBuffer::zeroed(stream, lanes * BINS)?,
-            above: DeviceBuffer::zeroed(stream, lanes * PARTS * ABOVE_WORDS)?,
+            part_words: DeviceBuffer::zeroed(stream, lanes * PARTS * PART_WORDS)?,
             positions: DeviceBuffer::zeroed(stream, listed)?,
             hot_places: DeviceBuffer::zeroed(stream, listed)?,
             misses: DeviceBuffer::zeroed(stream, listed)?,
             part_counts: DeviceBuffer::zeroed(stream, lanes * PARTS)?,
-            victim_bins: DeviceBuffer::zeroed(stream, lanes * BINS)?,
             victims: DeviceBuffer::zeroed(stream, listed)?,
             victim_counts: DeviceBuffer::zeroed(stream, lanes)?,
             partials: DeviceBuffer::zeroed(stream, lanes * shape.lane_partials())?,
@@ -47,7 +45,7 @@ impl Workspace {
 
     /// Bytes of the room for batches of a shape.
     pub(super) fn bytes_of(shape: &BatchShape) -> u64 {
-        let of_lane = (SAMPLE_SUMS * 2 * shape.geometry.heads.group() + 2 * BINS + PARTS * ABOVE_WORDS + shape.lane_partials()) * 4
+        let of_lane = (SAMPLE_SUMS * 2 * shape.geometry.heads.group() + BINS + 2 * PARTS * PART_WORDS + shape.lane_partials()) * 4
             + shape.max_tokens * size_of::<u16>()
             + shape.max_count * (2 * size_of::<u32>() + size_of::<Miss>() + size_of::<Victim>())
             + PARTS * size_of::<PartCounts>()
@@ -58,7 +56,7 @@ impl Workspace {
 
     pub(super) fn bytes(&self) -> u64 {
         let words = self.positions.bytes() + self.hot_places.bytes() + self.misses.bytes() + self.victims.bytes();
-        let bins = self.histogram.bytes() + self.above.bytes() + self.victim_bins.bytes() + self.victim_counts.bytes();
+        let bins = self.histogram.bytes() + self.part_words.bytes() + self.victim_counts.bytes();
         (words
             + bins
             + self.label_lse.bytes()
