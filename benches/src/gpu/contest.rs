@@ -5,13 +5,13 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use sluice_kernels::budget::{Budget, Settings};
 use sluice_kernels::decoder::balance::{Balance, BlockBounds};
-use sluice_kernels::device::cuda::CudaError;
 use sluice_kernels::device::cuda::batch::Batch;
 use sluice_kernels::device::cuda::buffer::DeviceBuffer;
 use sluice_kernels::device::cuda::jobs::POOL_BLOCK;
 use sluice_kernels::device::cuda::probe::Probe;
 use sluice_kernels::device::cuda::seat::Kept;
 use sluice_kernels::device::cuda::timer::Timer;
+use sluice_kernels::device::cuda::{CudaError, CudaStream};
 use sluice_kernels::label::LabelPlan;
 
 use super::Section;
@@ -20,7 +20,7 @@ use super::prefill::prefill;
 use super::replay::{DrawnLanes, Hits, ReplayJob, Rule, replay_resized};
 use super::scene::{Scene, SparsePlan};
 use super::shared::shared;
-use super::step_graphs::StepGraphs;
+use super::step_graphs::{StepGraphs, in_micro_batches};
 use super::timed::timed;
 use super::trace::KeyTrace;
 use crate::report::show_progress;
@@ -62,16 +62,46 @@ impl Pools {
 /// Kernels of a layer, in their order.
 const PARTS: [&str; 4] = ["score", "select", "gather", "attend"];
 
-/// What the steps of a batch took, in milliseconds.
-#[derive(Default)]
-struct BatchTimes {
+/// Graphs of a step of one kind, and what they took, in milliseconds.
+struct BatchWay {
+    /// How the sequences go through the layers.
+    name: String,
+    step: StepGraphs,
+    /// With the weights of each layer between it and the next.
+    token: StepGraphs,
     steps: Vec<f64>,
-    /// With a pass over the weights.
     tokens: Vec<f64>,
-    gathers: Vec<f64>,
     again: Vec<f64>,
-    misses: u64,
+}
+
+impl BatchWay {
+    fn new(batch: &Batch, probe: &Probe, weights: &DeviceBuffer<u8>, micro_batches: usize) -> Result<Self> {
+        let slots = in_micro_batches(batch.shape().slots, micro_batches);
+        let of_layer = |layer, _, stream: &Arc<CudaStream>| probe.read_part(stream, weights, layer, batch.layers());
+        Ok(Self {
+            name: if micro_batches > 1 { format!(", in {micro_batches} micro-batches") } else { String::new() },
+            step: StepGraphs::capture_apart(batch, &slots, |_, _, _| Ok(()))?,
+            token: StepGraphs::capture_apart(batch, &slots, of_layer)?,
+            steps: Vec::new(),
+            tokens: Vec::new(),
+            again: Vec::new(),
+        })
+    }
+
+    fn note(&mut self, batch: &Batch, counts: &[[u64; 2]]) {
+        self.step.note(batch, counts);
+        self.token.note(batch, counts);
+    }
+}
+
+/// What the steps of a batch missed, whatever their way.
+#[derive(Default)]
+struct BatchMisses {
+    steps: usize,
+    missed: u64,
     selected: u64,
+    /// Their gathers alone, in milliseconds.
+    gathers: Vec<f64>,
 }
 
 /// Runs sections and gathers what they find.
@@ -377,7 +407,8 @@ impl<'a> Contest<'a> {
         shared(self.scene, &plans, self.rounds, &mut self.outcome)
     }
 
-    /// A step of everybody in one batch, beside what the link and the kernels alone would take, and a whole token of everybody.
+    /// A step of everybody, beside what the link and the kernels alone would take, and a whole token of everybody: in lockstep, as two
+    /// micro-batches, which read the weights twice, and each sequence on its own.
     fn batch(&mut self) -> Result<()> {
         let Some(trace) = self.trace else { return Ok(()) };
         let sequences = self.scene.sequences;
@@ -386,51 +417,58 @@ impl<'a> Contest<'a> {
         for (denominator, pool) in [(16, 3.0), (64, 4.0)] {
             let sparse = SparsePlan { trace_rows: Some(trace.rows), ..self.sparse(denominator, pool, self.small()) };
             let mut batch = self.scene.sparse_batch(&sparse, sequences)?;
-            let mut graphs = StepGraphs::capture(&batch)?;
+            let mut counts = vec![1, 2, sequences];
+            counts.retain(|&count| count <= sequences);
+            counts.dedup();
+            let mut ways = counts.iter().map(|&count| BatchWay::new(&batch, &probe, &weights, count)).collect::<Result<Vec<_>>>()?;
             let mut timer = Timer::new(batch.stream());
-            let mut found = BatchTimes::default();
-            for step in 0..(TRACE_WARM_UP + 3 * self.rounds).min(trace.steps) {
-                show_progress(&format!("batch of {sequences}, n/{denominator}"), step, TRACE_WARM_UP + 3 * self.rounds);
+            let mut found = BatchMisses::default();
+            let turns = 2 * ways.len() + 1;
+            let steps = (TRACE_WARM_UP + turns * self.rounds).min(trace.steps);
+            for step in 0..steps {
+                show_progress(&format!("batch of {sequences}, n/{denominator}"), step, steps);
                 set_trace(&mut batch, trace, step)?;
-                // The steps take turns.
-                let (times, time) = match step % 3 {
-                    0 => (&mut found.steps, timed(&mut timer, || graphs.launch())?),
-                    1 => {
-                        let token = || {
-                            graphs.launch()?;
-                            Ok(probe.read(batch.stream(), &weights)?)
-                        };
-                        (&mut found.tokens, timed(&mut timer, token)?)
-                    }
-                    _ => (&mut found.gathers, gathers_alone(&batch, &mut timer)?),
+                // Ways take turns, of a step and of a token, and then the gathers alone.
+                let turn = step % turns;
+                let (way, is_token) = (turn / 2, turn % 2 == 1);
+                let time = match ways.get(way) {
+                    Some(way) => timed(&mut timer, || if is_token { way.token.launch() } else { way.step.launch() })?,
+                    None => gathers_alone(&batch, &mut timer)?,
                 };
                 let counts = batch.take_counters()?;
-                graphs.note(&batch, &counts);
+                ways.iter_mut().for_each(|way| way.note(&batch, &counts));
                 if step < TRACE_WARM_UP {
                     continue;
                 }
-                times.push(time);
-                found.misses += counts.iter().map(|counts| counts[1]).sum::<u64>();
+                found.steps += 1;
+                found.missed += counts.iter().map(|counts| counts[1]).sum::<u64>();
                 found.selected += counts.iter().map(|counts| counts[0] + counts[1]).sum::<u64>();
+                let Some(way) = ways.get_mut(way) else {
+                    found.gathers.push(time);
+                    continue;
+                };
+                if is_token { &mut way.tokens } else { &mut way.steps }.push(time);
                 // The same step again finds everything: what the kernels take without the link.
-                found.again.push(timed(&mut timer, || graphs.launch_without_misses())?);
+                way.again.push(timed(&mut timer, || way.step.launch_without_misses())?);
                 batch.take_counters()?;
             }
-            self.add_batch(&format!("batch of {sequences}, trace, n/{denominator}, pool of {pool}k"), &batch, &found);
+            for way in &ways {
+                self.add_batch(&format!("batch of {sequences}, trace, n/{denominator}, pool of {pool}k"), &batch, way, &found);
+            }
         }
         Ok(())
     }
 
-    fn add_batch(&mut self, name: &str, batch: &Batch, found: &BatchTimes) {
-        let steps = found.again.len().max(1) as f64;
-        let missed_bytes = found.misses as f64 / steps * batch.shape().geometry.row_bytes() as f64;
-        let miss_ratio = found.misses as f64 / found.selected.max(1) as f64;
-        let mut outcome = StepOutcome::new(name, &found.steps, Some(miss_ratio), batch.bytes());
+    fn add_batch(&mut self, name: &str, batch: &Batch, way: &BatchWay, found: &BatchMisses) {
+        let missed_bytes = found.missed as f64 / found.steps.max(1) as f64 * batch.shape().geometry.row_bytes() as f64;
+        let miss_ratio = found.missed as f64 / found.selected.max(1) as f64;
+        let name = format!("{name}{}", way.name);
+        let mut outcome = StepOutcome::new(&name, &way.steps, Some(miss_ratio), batch.bytes());
         outcome.link_ms = Some(missed_bytes / self.outcome.pinned_copy_gb_per_s / 1e6);
         outcome.gather_ms = median(&found.gathers);
-        outcome.compute_ms = median(&found.again);
+        outcome.compute_ms = median(&way.again);
         self.outcome.steps.push(outcome);
-        let token = StepOutcome::new(&format!("whole token: {name}, and weights"), &found.tokens, Some(miss_ratio), batch.bytes());
+        let token = StepOutcome::new(&format!("whole token: {name}, and weights"), &way.tokens, Some(miss_ratio), batch.bytes());
         self.outcome.steps.push(token);
     }
 

@@ -13,6 +13,7 @@ mod joint;
 mod kind;
 mod label;
 mod many;
+mod micro_batches;
 mod offsets;
 mod rows;
 mod score;

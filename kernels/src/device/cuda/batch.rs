@@ -561,7 +561,34 @@ impl Batch {
     /// A failed launch.
     pub fn enqueue_layer(&self, layer: usize, slots: Range<usize>, cut: Cut) -> Result<(), CudaError> {
         // SAFETY: every address of the jobs is of a buffer of this value or of a seat or segment that it keeps.
-        unsafe { self.pipeline.sparse_layer(&self.jobs[layer], slots, cut, &self.joins) }
+        unsafe { self.pipeline.sparse_layer(&self.jobs[layer], &[slots], cut, &self.joins, |_, _| Ok(())) }
+    }
+
+    /// Enqueues all layers of a sparse step of micro-batches, which are consecutive slots each, follow each other, and go through the layers on
+    /// their own: none waits for another at the end of a layer. How they are cut changes no result. `after(layer, micro-batch, stream)`
+    /// enqueues what follows a micro-batch's attention in a layer: what a model computes before its next queries.
+    ///
+    /// # Errors
+    /// A failed launch.
+    pub fn enqueue_step(
+        &self,
+        micro_batches: &[Range<usize>],
+        cut: Cut,
+        mut after: impl FnMut(usize, usize, &Arc<CudaStream>) -> Result<(), CudaError>,
+    ) -> Result<(), CudaError> {
+        assert!(micro_batches.iter().all(|slots| !slots.is_empty()), "micro-batches of one slot at least");
+        assert!(micro_batches.is_sorted_by(|a, b| a.end == b.start), "micro-batches that follow each other");
+        let is_inside = |join: &[usize]| micro_batches.iter().any(|slots| join.iter().all(|slot| slots.contains(slot)));
+        assert!(self.joins.iter().all(is_inside), "slots that are scored jointly are of one micro-batch");
+        self.pipeline.begin(micro_batches)?;
+        for (layer, jobs) in self.jobs.iter().enumerate() {
+            // SAFETY: as above.
+            unsafe {
+                self.pipeline
+                    .sparse_layer(jobs, micro_batches, cut, &self.joins, |micro_batch, stream| after(layer, micro_batch, stream))?;
+            }
+        }
+        self.pipeline.end(micro_batches)
     }
 
     /// Enqueues the exact attention of one layer of some slots over all rows kept: for steps that select nothing, or everything of

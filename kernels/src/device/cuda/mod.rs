@@ -35,7 +35,7 @@ pub mod whole_cache;
 pub mod window;
 mod workspace;
 
-pub use cudarc::driver::CudaGraph;
+pub use cudarc::driver::{CudaGraph, CudaStream};
 pub use error::{CudaError, Doing};
 pub use open::{Gpu, OpenError};
 pub use staged::Cuda;

@@ -4,6 +4,9 @@
 //! A layer is taken in parts ([`Cut`]), each with launches of its own on a stream of its own. No result depends on a grid, so a sequence has
 //! the bits that it has alone. Parts are scored one after the other, because the link waits for the first of them; from there on each goes
 //! its own way.
+//!
+//! Several micro-batches go through the layers on their own: what one of them fetches crosses the link while another is between two layers.
+//! Within a layer they are scored in their order, and where they are few fetched in their order too, so that they stay apart.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,6 +19,12 @@ use super::jobs::{LEAST_PARTS, PARTS, StepJob};
 use super::joint::{Joins, JointKernels};
 use super::open::Gpu;
 use super::step::{ITEMS_ALONE, ITEMS_BESIDE, MOST_SCORE_BLOCKS, StepGrid, StepKernels, score_blocks_of_lane};
+
+/// Sequences of a step up to which the link bounds it, so that micro-batches are fetched one after the other. Of more the kernels do, so that
+/// gathers leave half of the processors to them.
+const FEW_SEQUENCES: usize = 4;
+
+const JOINING: &str = "joining streams";
 
 /// Blocks of a layer's launches.
 #[derive(Clone, Copy, Debug)]
@@ -42,7 +51,10 @@ pub(super) struct Pipeline {
     streams: Vec<Arc<CudaStream>>,
     /// By part.
     scored: Vec<CudaEvent>,
+    fetched: Vec<CudaEvent>,
     attended: Vec<CudaEvent>,
+    /// By micro-batch: where it begins and ends a step.
+    turn: Vec<CudaEvent>,
 }
 
 /// Streams that may run at once where `places` blocks of the score and select kernels do. Blocks of a lane wait for each other in these
@@ -55,6 +67,38 @@ fn streams_at_once(places: usize) -> usize {
 /// them, and since its blocks wait for each other it stands until they have ended.
 fn select_blocks_beside(processors: usize, lanes: usize) -> usize {
     1 << (processors / lanes).clamp(LEAST_PARTS, PARTS).ilog2()
+}
+
+/// What parts of a layer are launched with.
+struct PartKinds {
+    /// Of several micro-batches.
+    are_apart: bool,
+    /// One is fetched after the other.
+    take_turns: bool,
+    /// More than one part is a whole sequence.
+    are_several: bool,
+    gather_blocks: usize,
+    items: u32,
+}
+
+impl PartKinds {
+    fn new(pipeline: &Pipeline, parts: &[Part], micro_batches: &[Range<usize>]) -> Self {
+        let (lanes, gather_blocks) = (pipeline.blocks.lanes, pipeline.blocks.gather);
+        let slots = micro_batches.iter().map(ExactSizeIterator::len).sum::<usize>();
+        let (are_apart, are_few) = (micro_batches.len() > 1, slots <= FEW_SEQUENCES);
+        Self {
+            are_apart,
+            take_turns: are_apart && are_few,
+            are_several: parts.iter().filter(|part| part.lanes.len() == lanes).count() > 1,
+            gather_blocks: if are_few { gather_blocks } else { gather_blocks.div_ceil(2) },
+            items: if slots > 1 { ITEMS_BESIDE } else { ITEMS_ALONE },
+        }
+    }
+
+    /// Between a first and a last sequence in halves, one alone is what the link waits for; of several each selects while another is fetched.
+    fn select_blocks(&self, pipeline: &Pipeline, part: &Part) -> usize {
+        if self.are_several { select_blocks_beside(pipeline.processors, part.lanes.len()) } else { PARTS }
+    }
 }
 
 impl Pipeline {
@@ -83,7 +127,9 @@ impl Pipeline {
             blocks,
             streams,
             scored: events()?,
+            fetched: events()?,
             attended: events()?,
+            turn: (0..slots).map(|_| event()).collect::<Result<_, _>>()?,
         })
     }
 
@@ -106,64 +152,133 @@ impl Pipeline {
         self.joint.as_ref().map_or(1, JointKernels::most_members)
     }
 
-    /// One layer of a sparse step of some slots, of which some are scored jointly, before all others.
+    /// The parts of a layer in their order, and by micro-batch which of them are its own. One micro-batch alone is cut as `cut` says; several
+    /// need no halves, since the link has the others' rows to fetch.
+    fn parts(&self, micro_batches: &[Range<usize>], cut: Cut) -> (Vec<Part>, Vec<Range<usize>>) {
+        let cut = if micro_batches.len() > 1 { Cut::Whole } else { cut };
+        let (mut parts, mut own) = (Vec::new(), Vec::new());
+        for slots in micro_batches {
+            let first = parts.len();
+            parts.extend(cut.parts(slots.len(), self.blocks.lanes).into_iter().map(|part| Part { slot: slots.start + part.slot, ..part }));
+            own.push(first..parts.len());
+        }
+        (parts, own)
+    }
+
+    fn stream_of(&self, part: usize) -> &Arc<CudaStream> {
+        &self.streams[part % self.streams.len()]
+    }
+
+    /// The stream on which a micro-batch goes from one layer to the next.
+    pub(super) fn stream_between_layers(&self, micro_batches: &[Range<usize>], number: usize) -> &Arc<CudaStream> {
+        // Of several micro-batches every part is a slot.
+        self.stream_of(micro_batches[number].start - micro_batches[0].start)
+    }
+
+    /// Lets every micro-batch begin, once all that is on the batch's own stream has ended.
+    ///
+    /// # Errors
+    /// A call that the driver refuses.
+    pub(super) fn begin(&self, micro_batches: &[Range<usize>]) -> Result<(), CudaError> {
+        self.turn[0].record(&self.streams[0]).doing(JOINING)?;
+        (1..micro_batches.len()).try_for_each(|number| self.stream_between_layers(micro_batches, number).wait(&self.turn[0]).doing(JOINING))
+    }
+
+    /// Lets what follows on the batch's own stream begin, once every micro-batch has ended.
+    ///
+    /// # Errors
+    /// A call that the driver refuses.
+    pub(super) fn end(&self, micro_batches: &[Range<usize>]) -> Result<(), CudaError> {
+        (1..micro_batches.len()).try_for_each(|number| {
+            self.turn[number].record(self.stream_between_layers(micro_batches, number)).doing(JOINING)?;
+            self.streams[0].wait(&self.turn[number]).doing(JOINING)
+        })
+    }
+
+    /// One layer of a sparse step of some micro-batches, consecutive slots each; those that are scored jointly are of one of them.
     ///
     /// # Safety
     /// As [`super::module::Kernel::launch`], for every job; so for all launches of this type.
     ///
     /// # Errors
     /// A launch that the driver refuses; so for all launches of this type.
-    pub(super) unsafe fn sparse_layer(&self, jobs: &[StepJob], slots: Range<usize>, cut: Cut, joins: &Joins) -> Result<(), CudaError> {
-        let (first, parts) = (slots.start, cut.parts(slots.len(), self.blocks.lanes));
-        if let ([job], [_]) = (&jobs[slots.clone()], &*parts) {
+    pub(super) unsafe fn sparse_layer(
+        &self,
+        jobs: &[StepJob],
+        micro_batches: &[Range<usize>],
+        cut: Cut,
+        joins: &Joins,
+        mut after: impl FnMut(usize, &Arc<CudaStream>) -> Result<(), CudaError>,
+    ) -> Result<(), CudaError> {
+        let (parts, own) = self.parts(micro_batches, cut);
+        if let [part] = &*parts {
             // SAFETY: the caller's promise.
-            return unsafe { self.kernels.sparse_layer(&self.streams[0], &self.alone(), job) };
+            unsafe { self.kernels.sparse_layer(&self.streams[0], &self.alone(), &jobs[part.slot])? };
+            return after(0, &self.streams[0]);
         }
-        let (joining, items) = ("joining streams", if slots.len() > 1 { ITEMS_BESIDE } else { ITEMS_ALONE });
-        // SAFETY: the caller's promise.
-        unsafe { self.joint_scores(jobs, joins)? };
-        // Between a first and a last sequence in halves, one alone is what the link waits for; of several each selects while another is fetched.
-        let whole = parts.iter().filter(|part| part.lanes.len() == self.blocks.lanes).count();
-        let select_blocks = |part: &Part| if whole > 1 { select_blocks_beside(self.processors, part.lanes.len()) } else { PARTS };
-        for (number, part) in parts.iter().enumerate() {
-            let stream = &self.streams[number % self.streams.len()];
-            let job = StepJob {
-                first_lane: part.lanes.start as u32,
-                lane_count: part.lanes.len() as u32,
-                parts: select_blocks(part) as u32,
-                items,
-                ..jobs[first + part.slot]
-            };
-            // Kernels that come early take places and wait: beside a gather they would keep it from starting.
-            let (early, grid) = match number {
-                0 => (&self.kernels, self.grid(self.score_alone, part.lanes.len())),
-                _ => (&self.apart, self.grid(self.score_beside, part.lanes.len())),
-            };
-            if number > 0 {
-                stream.wait(&self.scored[number - 1]).doing(joining)?;
+        let kinds = PartKinds::new(self, &parts, micro_batches);
+        for (micro_batch, numbers) in own.into_iter().enumerate() {
+            let main = self.stream_of(numbers.start);
+            if numbers.start > 0 {
+                main.wait(&self.scored[numbers.start - 1]).doing(JOINING)?;
             }
-            // SAFETY: the caller's promise; parts have nothing in common that a launch writes.
-            unsafe {
-                if !joins.has(first + part.slot) {
-                    self.apart.score(stream, &grid, &job)?;
-                }
-                self.scored[number].record(stream).doing(joining)?;
-                early.select(stream, &grid, &job)?;
-                self.apart.gather(stream, &grid, &job)?;
-                self.apart.attend(stream, &grid, &job)?;
+            // SAFETY: the caller's promise.
+            unsafe { self.joint_scores(main, jobs, &micro_batches[micro_batch], joins)? };
+            for number in numbers.clone() {
+                let part = &parts[number];
+                // SAFETY: the caller's promise.
+                unsafe { self.part_of_layer(number, part, &kinds, &jobs[part.slot], joins.has(part.slot))? };
             }
-            self.attended[number].record(stream).doing(joining)?;
+            self.attended[numbers].iter().try_for_each(|attended| main.wait(attended).doing(JOINING))?;
+            after(micro_batch, main)?;
         }
-        self.attended[..parts.len()].iter().try_for_each(|attended| self.streams[0].wait(attended).doing(joining))
+        // One score kernel at a time, of the next layer too: see `streams_at_once`.
+        if kinds.are_apart { self.streams[0].wait(&self.scored[parts.len() - 1]).doing(JOINING) } else { Ok(()) }
     }
 
-    /// The joint scores among those of a layer.
-    unsafe fn joint_scores(&self, jobs: &[StepJob], joins: &Joins) -> Result<(), CudaError> {
+    /// A part of a layer, after all parts of lower numbers.
+    unsafe fn part_of_layer(&self, number: usize, part: &Part, kinds: &PartKinds, job: &StepJob, is_scored: bool) -> Result<(), CudaError> {
+        let (stream, lanes) = (self.stream_of(number), part.lanes.len());
+        let job = StepJob {
+            first_lane: part.lanes.start as u32,
+            lane_count: lanes as u32,
+            parts: kinds.select_blocks(self, part) as u32,
+            items: kinds.items,
+            ..*job
+        };
+        // Kernels that come early take places and wait: beside a gather they would keep it from starting.
+        let is_first = number == 0 && !kinds.are_apart;
+        let (early, score_blocks) = if is_first { (&self.kernels, self.score_alone) } else { (&self.apart, self.score_beside) };
+        let grid = StepGrid { gather_blocks: kinds.gather_blocks, ..self.grid(score_blocks, lanes) };
+        if number > 0 {
+            stream.wait(&self.scored[number - 1]).doing(JOINING)?;
+        }
+        // SAFETY: the caller's promise; parts have nothing in common that a launch writes.
+        unsafe {
+            if !is_scored {
+                self.apart.score(stream, &grid, &job)?;
+            }
+            self.scored[number].record(stream).doing(JOINING)?;
+            early.select(stream, &grid, &job)?;
+            if kinds.take_turns && number > 0 {
+                stream.wait(&self.fetched[number - 1]).doing(JOINING)?;
+            }
+            self.apart.gather(stream, &grid, &job)?;
+            if kinds.take_turns {
+                self.fetched[number].record(stream).doing(JOINING)?;
+            }
+            self.apart.attend(stream, &grid, &job)?;
+        }
+        self.attended[number].record(stream).doing(JOINING)
+    }
+
+    /// The joint scores of a layer among some slots.
+    unsafe fn joint_scores(&self, stream: &CudaStream, jobs: &[StepJob], slots: &Range<usize>, joins: &Joins) -> Result<(), CudaError> {
         let Some(kernels) = &self.joint else { return Ok(()) };
-        joins.iter().try_for_each(|join| {
+        joins.iter().filter(|join| slots.contains(&join[0])).try_for_each(|join| {
             let members: Vec<&StepJob> = join.iter().map(|&slot| &jobs[slot]).collect();
             // SAFETY: the caller's promise.
-            unsafe { kernels.score(&self.streams[0], self.blocks.lanes, &members) }
+            unsafe { kernels.score(stream, self.blocks.lanes, &members) }
         })
     }
 
@@ -177,7 +292,7 @@ impl Pipeline {
     pub(super) unsafe fn scores(&self, jobs: &[StepJob], slots: Range<usize>, joins: &Joins) -> Result<(), CudaError> {
         // SAFETY: the caller's promise.
         unsafe {
-            self.joint_scores(jobs, joins)?;
+            self.joint_scores(&self.streams[0], jobs, &slots, joins)?;
             slots.filter(|&slot| !joins.has(slot)).try_for_each(|slot| self.kernels.score(&self.streams[0], &self.alone(), &jobs[slot]))
         }
     }

@@ -66,6 +66,17 @@ impl Probe {
         unsafe { self.read_range(stream, buffer.address(), buffer.bytes() as u64) }
     }
 
+    /// Enqueues a read of part `part` of `parts` of a buffer, which are equally long but for less than 16 bytes each.
+    ///
+    /// # Errors
+    /// A launch that the driver refuses.
+    pub fn read_part(&self, stream: &CudaStream, buffer: &DeviceBuffer<u8>, part: usize, parts: usize) -> Result<(), CudaError> {
+        assert!(part < parts, "part {part} of {parts}");
+        let bytes = buffer.bytes() / parts / 16 * 16;
+        // SAFETY: freeing a buffer waits for the device.
+        unsafe { self.read_range(stream, buffer.address_of(part * bytes), bytes as u64) }
+    }
+
     /// Enqueues copies of a host plane's pieces to a buffer, one after the other from its beginning, as far as they fit.
     ///
     /// # Errors
