@@ -72,7 +72,7 @@ fn micro_batches_have_the_bits_of_lockstep() {
     let mut lockstep = seated(&gpu, &compiler, &hosted);
     // More micro-batches than streams, some of several slots, and one alone.
     let cuts: [Vec<Range<usize>>; 4] =
-        [(0..SLOTS).map(|slot| slot..slot + 1).collect(), vec![0..1, 1..4, 4..9], vec![0..5, 5..9], vec![0..SLOTS]];
+        [(0..SLOTS).map(|slot| slot..slot + 1).collect(), vec![0..1, 1..4, 4..9], vec![0..5, 5..9], std::iter::once(0..SLOTS).collect()];
     let mut apart: Vec<Batch> = cuts.iter().map(|_| seated(&gpu, &compiler, &hosted)).collect();
     let graphs: Vec<_> = apart
         .iter()

@@ -20,8 +20,8 @@ use super::joint::{Joins, JointKernels};
 use super::open::Gpu;
 use super::step::{ITEMS_ALONE, ITEMS_BESIDE, MOST_SCORE_BLOCKS, StepGrid, StepKernels, score_blocks_of_lane};
 
-/// Sequences of a step up to which the link bounds it, so that micro-batches are fetched one after the other. Of more the kernels do, so that
-/// gathers leave half of the processors to them.
+/// Sequences of a step up to which the link bounds it, so that each selects as fast as it can and micro-batches are fetched one after the other.
+/// Of more the kernels do, so that selections leave room for scores and gathers leave half of the processors to both.
 const FEW_SEQUENCES: usize = 4;
 
 const JOINING: &str = "joining streams";
@@ -75,29 +75,28 @@ struct PartKinds {
     are_apart: bool,
     /// One is fetched after the other.
     take_turns: bool,
-    /// More than one part is a whole sequence.
-    are_several: bool,
+    /// Whether the link bounds the step, rather than kernels.
+    are_few: bool,
     gather_blocks: usize,
     items: u32,
 }
 
 impl PartKinds {
-    fn new(pipeline: &Pipeline, parts: &[Part], micro_batches: &[Range<usize>]) -> Self {
-        let (lanes, gather_blocks) = (pipeline.blocks.lanes, pipeline.blocks.gather);
+    fn new(pipeline: &Pipeline, micro_batches: &[Range<usize>]) -> Self {
         let slots = micro_batches.iter().map(ExactSizeIterator::len).sum::<usize>();
-        let (are_apart, are_few) = (micro_batches.len() > 1, slots <= FEW_SEQUENCES);
+        let (are_apart, are_few, gather_blocks) = (micro_batches.len() > 1, slots <= FEW_SEQUENCES, pipeline.blocks.gather);
         Self {
             are_apart,
             take_turns: are_apart && are_few,
-            are_several: parts.iter().filter(|part| part.lanes.len() == lanes).count() > 1,
+            are_few,
             gather_blocks: if are_few { gather_blocks } else { gather_blocks.div_ceil(2) },
             items: if slots > 1 { ITEMS_BESIDE } else { ITEMS_ALONE },
         }
     }
 
-    /// Between a first and a last sequence in halves, one alone is what the link waits for; of several each selects while another is fetched.
+    /// Of few sequences each selection is what the link waits for; of many each selects while others are scored.
     fn select_blocks(&self, pipeline: &Pipeline, part: &Part) -> usize {
-        if self.are_several { select_blocks_beside(pipeline.processors, part.lanes.len()) } else { PARTS }
+        if self.are_few { PARTS } else { select_blocks_beside(pipeline.processors, part.lanes.len()) }
     }
 }
 
@@ -216,7 +215,7 @@ impl Pipeline {
             unsafe { self.kernels.sparse_layer(&self.streams[0], &self.alone(), &jobs[part.slot])? };
             return after(0, &self.streams[0]);
         }
-        let kinds = PartKinds::new(self, &parts, micro_batches);
+        let kinds = PartKinds::new(self, micro_batches);
         for (micro_batch, numbers) in own.into_iter().enumerate() {
             let main = self.stream_of(numbers.start);
             if numbers.start > 0 {
