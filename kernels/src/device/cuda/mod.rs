@@ -9,6 +9,7 @@ pub mod buffer;
 pub mod compile;
 mod copies;
 pub mod cut;
+mod enqueue;
 pub mod error;
 pub mod host;
 pub mod host_step;
