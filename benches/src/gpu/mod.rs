@@ -55,7 +55,7 @@ pub enum Section {
     Token,
     /// Pieces of a prompt over a prefix on the host, and the rows that they append.
     Prefill,
-    /// `--sequences` in one batch; only when asked for.
+    /// `--sequences` in one batch, in lockstep and as micro-batches; only when asked for.
     Batch,
     /// Two sequences and more with a common prefix, each scored alone and all jointly; only when asked for.
     Shared,
