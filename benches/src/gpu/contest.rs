@@ -417,10 +417,10 @@ impl<'a> Contest<'a> {
         for (denominator, pool) in [(16, 3.0), (64, 4.0)] {
             let sparse = SparsePlan { trace_rows: Some(trace.rows), ..self.sparse(denominator, pool, self.small()) };
             let mut batch = self.scene.sparse_batch(&sparse, sequences)?;
-            let mut counts = vec![1, 2, sequences];
-            counts.retain(|&count| count <= sequences);
-            counts.dedup();
-            let mut ways = counts.iter().map(|&count| BatchWay::new(&batch, &probe, &weights, count)).collect::<Result<Vec<_>>>()?;
+            let mut micro_batches = vec![1, 2, sequences];
+            micro_batches.retain(|&count| count <= sequences);
+            micro_batches.dedup();
+            let mut ways = micro_batches.iter().map(|&count| BatchWay::new(&batch, &probe, &weights, count)).collect::<Result<Vec<_>>>()?;
             let mut timer = Timer::new(batch.stream());
             let mut found = BatchMisses::default();
             let turns = 2 * ways.len() + 1;

@@ -132,6 +132,18 @@ __device__ __forceinline__ uint2 load_8_once(const void *from) {
     return x;
 }
 
+// The sum of a warp's values up to and with the thread's own.
+template <typename Word>
+__device__ __forceinline__ Word warp_prefix(Word x) {
+    const u32 lane = threadIdx.x % 32;
+#pragma unroll
+    for (u32 step = 1; step < 32; step *= 2) {
+        const Word before = __shfl_up_sync(0xFFFFFFFFu, x, step);
+        if (lane >= step) x += before;
+    }
+    return x;
+}
+
 __device__ __forceinline__ u32 shared_address(const void *pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }

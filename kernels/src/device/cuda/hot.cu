@@ -37,15 +37,6 @@ struct GatherRoom {
     u32 items[PARTS + 1];          // lanes x the most that any lane misses, summed over earlier parts
 };
 
-__device__ __forceinline__ u32 warp_prefix(u32 x) {
-#pragma unroll
-    for (u32 step = 1; step < 32; step *= 2) {
-        const u32 before = __shfl_up_sync(0xFFFFFFFFu, x, step);
-        if (threadIdx.x % 32 >= step) x += before;
-    }
-    return x;
-}
-
 // Whether any of the thread's parts misses rows.
 __device__ __forceinline__ bool own_misses(const StepJob& job) {
     const PartCounts* parts = reinterpret_cast<const PartCounts*>(job.part_counts) + (u64)job.first_lane * PARTS;

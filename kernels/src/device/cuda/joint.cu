@@ -208,7 +208,7 @@ __device__ __forceinline__ void sum_samples(const JointJob& joint, const LayerPl
             const u32 own = min(threadIdx.x / 16, MEMBERS * GROUP - 1), member = own / GROUP, head = own % GROUP;
             const PowerSum all = joined_by_16(room.sums[member][head][threadIdx.x % 16]);
             const bool giver = threadIdx.x % 16 == 0 && threadIdx.x / 16 < joint.members * GROUP && first < MemberSample(room.members[member]).units.sums;
-            if (giver) give(given_sums(joint.jobs[member], lane) + head * SAMPLE_SUMS + first / WARPS, all.largest + log2f(all.sum), room.members[member].launch);
+            if (giver) give_word(given_sums(joint.jobs[member], lane) + head * SAMPLE_SUMS + first / WARPS, __float_as_uint(all.largest + log2f(all.sum)), room.members[member].launch);
         }
         if (first + gridDim.x * WARPS >= most) break;
         __syncthreads();

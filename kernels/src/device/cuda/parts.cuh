@@ -1,9 +1,9 @@
 // What the blocks of a lane tell each other while rows are selected, and what each makes of it.
 //
-// Every word carries the launch that it is of, so that whoever reads the right one needs no other signal: a fence and a count of arrivals took
-// three times as long. Blocks of a lane follow each other in the grid and start in that order, so that whoever waits waits for blocks that run.
+// Every word carries the launch that it is of (words.cuh): a fence and a count of arrivals took three times as long. Blocks of a lane follow each other in the grid and start in that order, so that whoever waits waits for blocks that run.
 #pragma once
 #include "types.cuh"
+#include "words.cuh"
 
 constexpr u32 SELECT_THREADS = 512;
 constexpr u32 SELECT_WARPS = SELECT_THREADS / 32;
@@ -23,17 +23,6 @@ static_assert(PART_WORDS == OF_CLASS + CLASSES && PART_WORDS % 2 == 1, "as in ty
 __device__ __forceinline__ u32 class_of(u32 of, u32 bin) { return of >= bin ? 0 : min((bin - of - 1) / CLASS_BINS + 1, CLASSES - 1); }
 
 __device__ __forceinline__ u32 warp_sum(u32 x) { return __reduce_add_sync(0xFFFFFFFFu, x); }
-
-template <typename Word>
-__device__ __forceinline__ Word warp_prefix(Word x) {
-    const u32 lane = threadIdx.x % 32;
-#pragma unroll
-    for (u32 step = 1; step < 32; step *= 2) {
-        const Word before = __shfl_up_sync(0xFFFFFFFFu, x, step);
-        if (lane >= step) x += before;
-    }
-    return x;
-}
 
 // Of the threads before this one, and of all.
 template <typename Word>
@@ -65,16 +54,6 @@ __device__ __forceinline__ u32 arrive(u32* arrivals, u32 own) {
     return before;
 }
 
-__device__ __forceinline__ void give_word(u64* to, u32 value, u32 launch) {
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"((u64)launch << 32 | value) : "memory");
-}
-
-// Two words that other blocks give. Says whether both are of the launch.
-__device__ __forceinline__ bool take_pair(const u64* from, u32 launch, u64 (&pair)[2]) {
-    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(pair[0]), "=l"(pair[1]) : "l"(from) : "memory");
-    return pair[0] >> 32 == launch && pair[1] >> 32 == launch;
-}
-
 // What a part selects: rows above `key`, and of the rows of exactly `key` the first `ties`; they begin at `first` in the lane's list.
 struct Share {
     u32 key, ties, first, count;
@@ -103,7 +82,7 @@ __device__ __forceinline__ void take_words(const u64* words, u32 parts, u32 laun
         u64 word = 0;
         const bool has = threadIdx.x < parts;
         do {
-            if (has) asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(words + threadIdx.x * PART_WORDS) : "memory");
+            if (has) word = word_now(words + threadIdx.x * PART_WORDS);
         } while (!__all_sync(0xFFFFFFFFu, !has || word >> 32 == launch));
     }
     __syncthreads();

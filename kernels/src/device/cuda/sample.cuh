@@ -1,6 +1,7 @@
 // The log-sum-exps of a lane's label scores, from a sample of the rows, which the blocks of the lane sum together.
 #pragma once
 #include "tile.cuh"
+#include "words.cuh"
 
 constexpr u32 SCORE_THREADS = 512;
 constexpr u32 WARPS = SCORE_THREADS / 32;
@@ -171,18 +172,6 @@ __device__ __forceinline__ void sum_units(const SequenceState& sequence, const L
 // Arrivals that a launch counts, whatever its blocks: how many launches there were is in the upper bits.
 constexpr u32 LAUNCH_ARRIVALS = 128;
 
-// A log-sum-exp that blocks give each other: its bits, and above them the launch that it is of, so that it needs no other signal.
-__device__ __forceinline__ void give(u64* to, float lse, u32 launch) {
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"((u64)launch << 32 | __float_as_uint(lse)) : "memory");
-}
-
-__device__ __forceinline__ float take(const u64* from, u32 launch) {
-    u64 word;
-    do asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
-    while ((u32)(word >> 32) != launch);
-    return __uint_as_float((u32)word);
-}
-
 // Waits until all blocks have arrived that the launch has, `before` of which the usher was told.
 __device__ __forceinline__ void await_arrivals(const u32* arrivals, const u32& before) {
     const u32 wanted = (before / LAUNCH_ARRIVALS + 1) * LAUNCH_ARRIVALS;
@@ -198,7 +187,7 @@ __device__ __forceinline__ void give_sums(const Room& room, u64* to) {
         const u32 own = first + threadIdx.x, head = own / WARPS;
         if (own / 32 * 32 >= WARPS * GROUP) return;
         const PowerSum all = joined_by_16(room.sums[min(head, GROUP - 1)][own % WARPS]);
-        if (own % WARPS == 0 && head < GROUP) give(to + head * SAMPLE_SUMS, all.largest + log2f(all.sum), room.launch);
+        if (own % WARPS == 0 && head < GROUP) give_word(to + head * SAMPLE_SUMS, __float_as_uint(all.largest + log2f(all.sum)), room.launch);
     }
 }
 
@@ -206,8 +195,8 @@ __device__ __forceinline__ void give_sums(const Room& room, u64* to) {
 __device__ __forceinline__ void take_lse_of_head(const u64* from, u32 count, const u32& launch, float& to) {
     static_assert(SAMPLE_SUMS == 64, "two a thread");
     const u32 own = threadIdx.x % 32;
-    const float first = own < count ? take(from + own, launch) : LOWEST;
-    const float second = own + 32 < count ? take(from + own + 32, launch) : LOWEST;
+    const float first = own < count ? __uint_as_float(take_word(from + own, launch)) : LOWEST;
+    const float second = own + 32 < count ? __uint_as_float(take_word(from + own + 32, launch)) : LOWEST;
     const float largest = warp_max(fmaxf(first, second));
     float sum = exp2_fast(first - largest) + exp2_fast(second - largest);
 #pragma unroll
