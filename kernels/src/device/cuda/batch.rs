@@ -235,7 +235,7 @@ impl Batch {
             query: self.queries.address_of(at * heads * shape.geometry.head_dim),
             output: self.outputs.address_of(at * heads * shape.geometry.head_dim),
             lse: self.lse.address_of(at * heads),
-            label_lse: room.label_lse.address_of(slot * heads * SAMPLE_SUMS * 2),
+            label_lse: room.label_lse.address_of(slot * heads * SAMPLE_SUMS),
             keys: room.keys.address_of(lane * shape.max_tokens),
             histogram: room.histogram.address_of(lane * BINS),
             part_words: room.part_words.address_of(lane * PARTS * PART_WORDS),

@@ -125,14 +125,10 @@ pub struct VictimCounts {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 pub struct Arrivals {
-    /// In the score kernel: 128 a launch, whatever its blocks.
-    pub score: u32,
     /// In the selection: [`PARTS`] a launch, whatever its blocks.
     pub select: u32,
     /// To the end of attention.
     pub attend: u32,
-    /// Zero.
-    pub unused: u32,
 }
 
 /// Sequences whose labels one launch scores jointly at most (joint.cu).
@@ -178,7 +174,7 @@ pub struct StepJob {
     pub output: u64,
     /// f32 `[slot][query head]`.
     pub lse: u64,
-    /// u64 `[slot][query head][SAMPLE_SUMS]`: log-sum-exps and their launch.
+    /// f32 `[slot][query head][SAMPLE_SUMS]`: log-sum-exps.
     pub label_lse: u64,
     /// u16 `[slot][lane][max_rows]`.
     pub keys: u64,

@@ -1,7 +1,7 @@
 // Label scores and importance keys of several sequences whose first chunks are the same: these chunks' labels are read and decoded once, and
 // multiplied with the weights of all of them. Every key has the bits that score.cu makes: sums of products are integers, and what follows them is
-// the same operations in the same order. A head's log-sum-exp comes from a sample that its own sequence's length decides, so each member has
-// one of its own. Blocks wait for each other as in score.cu, for all members at once.
+// the same operations in the same order. A head's log-sum-exp comes from a sample that its own sequence's length decides, so each
+// member has one of its own, by a launch before.
 #include "append.cuh"
 #include "scan.cuh"
 
@@ -23,20 +23,14 @@ struct Member {
     u32 length, chunks;
     u32 end;     // items, below, of it and of the members before it
     u32 sinks;
-    u32 launch;  // that its log-sum-exps are of
 };
 
 // Room that the threads of a block share.
 template <u32 MEMBERS>
 struct JointRoom {
-    // First a warp's sampled units, where they fit, then the histograms.
-    union {
-        __align__(16) u8 units[MEMBERS][WARPS][WARP_UNIT];
-        u32 bins[MEMBERS][BINS];
-    };
+    u32 bins[MEMBERS][BINS];
     Coder coder;
     LaneWeights weights[MEMBERS];
-    PowerSum sums[MEMBERS][GROUP][WARPS];
     float lse[MEMBERS][GROUP];
     Member members[MEMBERS];
     u32 common;
@@ -159,60 +153,8 @@ __device__ __forceinline__ void set_members(const JointJob& joint, u32 lane, Joi
         if (threadIdx.x >= step) end += before;
     }
     const u64 keys = (u64)__cvta_generic_to_global(reinterpret_cast<u16*>(job.keys) + (u64)lane * job.max_rows);
-    room.members[threadIdx.x] = {sequence.label_slots, keys, sequence.length, chunks, end, sequence.sinks, 0};
+    room.members[threadIdx.x] = {sequence.label_slots, keys, sequence.length, chunks, end, sequence.sinks};
     if (threadIdx.x == 0) room.common = common;
-}
-
-// The sample of a member.
-struct MemberSample {
-    SequenceState sequence;  // where its labels are
-    Sample rows;
-    SampleUnits units;
-
-    __device__ __forceinline__ MemberSample(const Member& member) : sequence{}, rows(sample_of(member.chunks)), units(units_of(rows)) { sequence.label_slots = member.places; }
-
-    // Sums that blocks give each other.
-    __device__ __forceinline__ u32 given() const { return (units.sums + WARPS - 1) / WARPS; }
-};
-
-__device__ __forceinline__ u64* given_sums(const StepJob& job, u32 lane) { return reinterpret_cast<u64*>(job.label_lse) + lane * GROUP * SAMPLE_SUMS; }
-
-__device__ __forceinline__ u32* arrivals_of(const StepJob& job, u32 lane) { return &reinterpret_cast<Arrivals*>(job.arrivals)[lane].score; }
-
-// Sums the block's part of all members' samples and gives the sums.
-template <u32 MEMBERS>
-__device__ __forceinline__ void sum_samples(const JointJob& joint, const LayerPlace& place, u32 lane, u32 before, JointRoom<MEMBERS>& room) {
-    const u32 warp = threadIdx.x / 32, thread = threadIdx.x % 32;
-    u32 most = 0;
-    for (u32 member = 0; member < joint.members; member++) most = max(most, MemberSample(room.members[member]).units.sums);
-    for (u32 first = blockIdx.x * WARPS;; first += gridDim.x * WARPS) {
-        const u32 sum = first + warp;
-        for (u32 member = 0; member < joint.members; member++) {
-            const MemberSample sample(room.members[member]);
-            PowerSum* to = &room.sums[member][0][warp];
-            if (sum < sample.units.sums) {
-                Fragments<Alone> fragments;
-                fragments_of_group<0>(room.weights + member, fragments);
-                const float zero[HEAD_TILES][2] = {};
-                set_scale(fragments, 1.0f, zero);
-                const u32 unit = sum * sample.units.each;
-                sum_units(sample.sequence, place, sample.rows, unit, min(sample.units.count, unit + sample.units.each), lane, room.units[member][warp], fragments, first == blockIdx.x * WARPS, to);
-            } else if (thread == 0) {
-                for (u32 head = 0; head < GROUP; head++) to[head * WARPS] = {LOWEST, 0.0f};
-            }
-        }
-        if (thread == 0 && WARPS - 1 - warp < joint.members) room.members[WARPS - 1 - warp].launch = before / LAUNCH_ARRIVALS + 1;
-        __syncthreads();
-        static_assert(MEMBERS * GROUP * 16 <= SCORE_THREADS && WARPS == 16, "sixteen threads a head");
-        if (threadIdx.x / 32 * 2 < MEMBERS * GROUP) {
-            const u32 own = min(threadIdx.x / 16, MEMBERS * GROUP - 1), member = own / GROUP, head = own % GROUP;
-            const PowerSum all = joined_by_16(room.sums[member][head][threadIdx.x % 16]);
-            const bool giver = threadIdx.x % 16 == 0 && threadIdx.x / 16 < joint.members * GROUP && first < MemberSample(room.members[member]).units.sums;
-            if (giver) give_word(given_sums(joint.jobs[member], lane) + head * SAMPLE_SUMS + first / WARPS, __float_as_uint(all.largest + log2f(all.sum)), room.members[member].launch);
-        }
-        if (first + gridDim.x * WARPS >= most) break;
-        __syncthreads();
-    }
 }
 
 // The newest rows of all members, keys of every row before their horizons, and histograms of these.
@@ -229,48 +171,19 @@ __device__ __forceinline__ void score_jointly(const JointJob& joint, u8* rings, 
     Ring ring = {shared_address(rings + warp * (STAGES * RUN_BYTES)), 0};
     const u32 step = gridDim.x * CHUNKS_AT_ONCE;
     u32 item = (blockIdx.x * WARPS + warp) / RUNS_A_CHUNK;
-    // As in score.cu: what blocks wait for before the labels.
-    if (UNIT_FITS) {
-        const u8* pieces[MEMBERS];
 #pragma unroll
-        for (u32 member = 0; member < MEMBERS; member++) {
-            const MemberSample sample(room.members[member]);
-            const u32 own_sum = blockIdx.x * WARPS + warp;
-            pieces[member] = own_sum < sample.units.sums ? piece_of_unit(sample.sequence, place, sample.rows, own_sum * sample.units.each, lane) : nullptr;
-        }
-#pragma unroll
-        for (u32 member = 0; member < MEMBERS; member++)
-            if (pieces[member]) ask_for_unit(pieces[member], room.units[member][warp]);
-    }
-    end_copy_group();
-    if (ASKED_AT_FIRST > 0) ring.ask(0, items.labels_of(item));
+    for (u32 stage = 0; stage < ASKED_AT_FIRST; stage++) ring.ask(stage, items.labels_of(item + stage * step));
+    for (u32 bin = threadIdx.x; bin < MEMBERS * BINS; bin += SCORE_THREADS) room.bins[0][bin] = 0;
     enter_stream();
-    u32 before = 0;
     for (u32 member = 0; member < joint.members; member++) {
         const StepJob& own = joint.jobs[member];
         if (room.members[member].length && (blockIdx.x + 1 + member) % gridDim.x == 0)
             append_row(own, *reinterpret_cast<const SequenceState*>(own.sequences), *reinterpret_cast<const LayerPlace*>(own.places), 0, lane);
-        // Each has an usher, the first thread of a warp.
-        if (warp == WARPS - 1 - member && room.members[member].chunks) begin_counts(own, lane, MemberSample(room.members[member]).given(), given_sums(own, lane), arrivals_of(own, lane), before);
     }
-    constexpr u32 TASKS = GROUP * N_GROUPS;
-    for (u32 task = warp; task < MEMBERS * TASKS; task += WARPS) {
-        const float* query = reinterpret_cast<const float*>(joint.jobs[task / TASKS].query) + lane * GROUP * HEAD_DIM;
-        weights_of_task<0>(query, room.coder, job.score_scale, task % TASKS, room.weights[task / TASKS]);
-    }
-    __syncthreads();
-    if (ASKED_WITH_WEIGHTS > ASKED_AT_FIRST) ring.ask(1, items.labels_of(item + step));
-    wait_copy_groups<ASKED_WITH_WEIGHTS>();
-    sum_samples(joint, place, lane, before, room);
+    // Those beyond the last are the first.
+    for (u32 member = 0; member < MEMBERS; member++) set_scorer(joint.jobs[member], lane, sums_of(room.members[member].chunks), room.coder, room.weights[member], room.lse[member]);
 #pragma unroll
-    for (u32 stage = ASKED_WITH_WEIGHTS; stage < STAGES; stage++) ring.ask(stage, items.labels_of(item + stage * step));
-    for (u32 bin = threadIdx.x; bin < MEMBERS * BINS; bin += SCORE_THREADS) room.bins[0][bin] = 0;
-    for (u32 task = warp; task < MEMBERS * GROUP; task += WARPS) {
-        const u32 member = task / GROUP < joint.members ? task / GROUP : 0, head = task % GROUP;
-        take_lse_of_head(given_sums(joint.jobs[member], lane) + head * SAMPLE_SUMS, MemberSample(room.members[member]).given(), room.members[member].launch, room.lse[task / GROUP][head]);
-    }
-    const u32 ushered = WARPS - 1 - warp;
-    if (threadIdx.x % 32 == 0 && ushered < joint.members && room.members[ushered].chunks) await_arrivals(arrivals_of(joint.jobs[ushered], lane), before);
+    for (u32 stage = ASKED_AT_FIRST; stage < STAGES; stage++) ring.ask(stage, items.labels_of(item + stage * step));
     __syncthreads();
     item = scan_items<Columns<MEMBERS>>(items, ring, item, room.common, step, 0);
     for (u32 member = 0; member < joint.members; member++) item = scan_items<Alone>(items, ring, item, room.members[member].end, step, member);
@@ -279,6 +192,12 @@ __device__ __forceinline__ void score_jointly(const JointJob& joint, u8* rings, 
 }
 
 #if GROUP <= 8
+// The samples of all members, a layer of the grid each.
+extern "C" __global__ void __launch_bounds__(SCORE_THREADS, 2) sample_members(const JointJob joint) {
+    __shared__ SampleRoom room;
+    sample_lane(joint.jobs[blockIdx.z], room);
+}
+
 extern "C" __global__ void __launch_bounds__(SCORE_THREADS, 2) score_2(const JointJob joint) {
     extern __shared__ __align__(16) u8 rings[];
     __shared__ JointRoom<2> room;

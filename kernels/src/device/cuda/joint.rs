@@ -13,7 +13,7 @@ use super::jobs::{JointJob, MOST_MEMBERS, StepJob};
 use super::module::{Grid, Kernel, Module, Source, Specialisation};
 use super::open::Gpu;
 use super::seat::{Seat, bound};
-use super::step::{SCORE_THREADS, score_blocks_of_lane};
+use super::step::{SAMPLE_BESIDE, SCORE_THREADS};
 
 /// Chunks that sequences have in common at least where they are scored jointly, which costs a graph for each way to join them: 4,096 tokens,
 /// whose labels a score kernel alone reads in less time than a launch takes.
@@ -168,6 +168,8 @@ impl Batch {
 pub(super) struct JointKernels {
     /// By members at most: a kernel, launched after all that came before has ended, and how many of its blocks run at once.
     by_members: Vec<(usize, Kernel, usize)>,
+    /// Of all members at once.
+    sample: Kernel,
 }
 
 impl JointKernels {
@@ -191,7 +193,7 @@ impl JointKernels {
                 by_members.push((members, kernel.apart(), blocks));
             }
         }
-        Ok(Some(Self { by_members }))
+        Ok(Some(Self { by_members, sample: module.overlapping_kernel("sample_members", 0)?.apart() }))
     }
 
     /// Members that a launch takes.
@@ -215,9 +217,12 @@ impl JointKernels {
         };
         let mut job = JointJob { jobs: [**first; MOST_MEMBERS], members: count as u32, unused: 0 };
         job.jobs.iter_mut().zip(members).for_each(|(to, &member)| *to = *member);
-        let grid = Grid { blocks: [score_blocks_of_lane(*blocks, lanes), lanes, 1], threads: SCORE_THREADS };
+        let grid = |blocks| Grid { blocks, threads: SCORE_THREADS };
         // SAFETY: the caller's promise.
-        unsafe { kernel.launch(stream, grid, &job) }
+        unsafe {
+            self.sample.launch(stream, grid([SAMPLE_BESIDE, lanes, count]), &job)?;
+            kernel.launch(stream, grid([(blocks / lanes).max(1), lanes, 1]), &job)
+        }
     }
 }
 

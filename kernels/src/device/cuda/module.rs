@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use bytemuck::Pod;
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, sys};
+use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaModule, CudaStream, sys};
 use cudarc::nvrtc::Ptx;
 
 use super::compile::{CompileError, Compiler, Program, Target};
@@ -360,18 +360,43 @@ impl Kernel {
     /// # Errors
     /// A launch that the driver refuses.
     pub unsafe fn launch<J: Pod>(&self, stream: &CudaStream, grid: Grid, job: &J) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_telling(stream, grid, job, None) }
+    }
+
+    /// The same; `begun` is recorded when all blocks of the kernel run, or later.
+    ///
+    /// # Safety
+    /// As [`Kernel::launch`].
+    ///
+    /// # Errors
+    /// As [`Kernel::launch`].
+    pub unsafe fn launch_telling<J: Pod>(
+        &self,
+        stream: &CudaStream,
+        grid: Grid,
+        job: &J,
+        begun: Option<&CudaEvent>,
+    ) -> Result<(), CudaError> {
         let [x, y, z] = grid.blocks.map(|count| count as u32);
         if x == 0 || y == 0 || z == 0 {
-            return Ok(());
+            return begun.map_or(Ok(()), |begun| begun.record(stream).doing(self.name));
         }
         self.context.bind_to_thread().doing("entering the context")?;
         let mut parameters = [std::ptr::from_ref(job).cast_mut().cast::<c_void>()];
-        let mut overlap = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            // SAFETY: a union of plain numbers and pointers, of which zero is a value.
-            ..unsafe { std::mem::zeroed() }
-        };
-        overlap.value.programmaticStreamSerializationAllowed = 1;
+        // SAFETY: unions of plain numbers and pointers, of which zero is a value.
+        let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { std::mem::zeroed() };
+        let mut count = 0;
+        if self.overlaps {
+            attributes[count].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            attributes[count].value.programmaticStreamSerializationAllowed = 1;
+            count += 1;
+        }
+        if let Some(begun) = begun {
+            attributes[count].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_LAUNCH_COMPLETION_EVENT;
+            attributes[count].value.launchCompletionEvent.event = begun.cu_event();
+            count += 1;
+        }
         let config = sys::CUlaunchConfig {
             gridDimX: x,
             gridDimY: y,
@@ -381,8 +406,8 @@ impl Kernel {
             blockDimZ: 1,
             sharedMemBytes: self.shared_bytes as u32,
             hStream: stream.cu_stream(),
-            attrs: &raw mut overlap,
-            numAttrs: u32::from(self.overlaps),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: count as u32,
         };
         // SAFETY: the kernel has one parameter, of the job's type by the caller's promise; it is copied by the call.
         let result =

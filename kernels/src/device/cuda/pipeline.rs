@@ -3,7 +3,7 @@
 //!
 //! A layer is taken in parts ([`Cut`]), each with launches of its own on a stream of its own. No result depends on a grid, so a sequence has
 //! the bits that it has alone. Parts are scored one after the other, because the link waits for the first of them; from there on each goes
-//! its own way.
+//! its own way. Where no rows are expected to be missing nobody waits for the link, and a part is scored as soon as the one before has begun to be.
 //!
 //! Several micro-batches go through the layers on their own: what one of them fetches crosses the link while another is between two layers.
 //! Within a layer they are scored in their order, and where they are few fetched in their order too, so that they stay apart.
@@ -18,7 +18,7 @@ use super::error::{CudaError, Doing};
 use super::jobs::{LEAST_PARTS, PARTS, StepJob};
 use super::joint::{Joins, JointKernels};
 use super::open::Gpu;
-use super::step::{ITEMS_ALONE, ITEMS_BESIDE, MOST_SCORE_BLOCKS, StepGrid, StepKernels, score_blocks_of_lane};
+use super::step::{ITEMS_ALONE, ITEMS_BESIDE, SAMPLE_ALONE, SAMPLE_BESIDE, StepGrid, StepKernels};
 
 /// Sequences of a step up to which the link bounds it, so that each selects as fast as it can and micro-batches are fetched one after the other.
 /// Of more the kernels do, so that selections leave room for scores and gathers leave half of the processors to both.
@@ -49,7 +49,7 @@ pub(super) struct Pipeline {
     processors: usize,
     /// The parts of a layer take turns on these. The batch's own stream is the first.
     streams: Vec<Arc<CudaStream>>,
-    /// By part.
+    /// By part: that it is scored, or, where nothing is missing, that its scoring has begun.
     scored: Vec<CudaEvent>,
     fetched: Vec<CudaEvent>,
     attended: Vec<CudaEvent>,
@@ -57,24 +57,28 @@ pub(super) struct Pipeline {
     turn: Vec<CudaEvent>,
 }
 
-/// Streams that may run at once where `places` blocks of the score and select kernels do. Blocks of a lane wait for each other in these
-/// kernels, and start in grid order: as long as not every kernel can be short of a place for its first unfinished lane, one of them goes on.
+/// Streams that may run at once where `places` blocks of the select kernel do. Blocks of a lane wait for each other there, and start in grid
+/// order: as long as not every kernel can be short of a place for its first unfinished lane, one of them goes on.
 fn streams_at_once(places: usize) -> usize {
-    1 + places.saturating_sub(MOST_SCORE_BLOCKS) / PARTS
+    (places / PARTS).max(1)
 }
 
 /// Blocks of the select kernel that share a lane, so that there is one a processor. Where there are two, no block of the score kernel fits beside
-/// them, and since its blocks wait for each other it stands until they have ended.
+/// them.
 fn select_blocks_beside(processors: usize, lanes: usize) -> usize {
     1 << (processors / lanes).clamp(LEAST_PARTS, PARTS).ilog2()
 }
 
 /// What parts of a layer are launched with.
 struct PartKinds {
+    /// How many there are.
+    parts: usize,
     /// Of several micro-batches.
     are_apart: bool,
     /// One is fetched after the other.
     take_turns: bool,
+    /// Not halved, and so expected to find their rows.
+    are_whole: bool,
     /// Whether the link bounds the step, rather than kernels.
     are_few: bool,
     gather_blocks: usize,
@@ -82,21 +86,23 @@ struct PartKinds {
 }
 
 impl PartKinds {
-    fn new(pipeline: &Pipeline, micro_batches: &[Range<usize>]) -> Self {
+    fn new(pipeline: &Pipeline, micro_batches: &[Range<usize>], parts: usize, cut: Cut) -> Self {
         let slots = micro_batches.iter().map(ExactSizeIterator::len).sum::<usize>();
         let (are_apart, are_few, gather_blocks) = (micro_batches.len() > 1, slots <= FEW_SEQUENCES, pipeline.blocks.gather);
         Self {
+            parts,
             are_apart,
             take_turns: are_apart && are_few,
+            are_whole: cut == Cut::Whole,
             are_few,
             gather_blocks: if are_few { gather_blocks } else { gather_blocks.div_ceil(2) },
             items: if slots > 1 { ITEMS_BESIDE } else { ITEMS_ALONE },
         }
     }
 
-    /// Of few sequences each selection is what the link waits for; of many each selects while others are scored.
+    /// Of few sequences each selection is what the link waits for, if it has anything to fetch; otherwise each selects while others are scored.
     fn select_blocks(&self, pipeline: &Pipeline, part: &Part) -> usize {
-        if self.are_few { PARTS } else { select_blocks_beside(pipeline.processors, part.lanes.len()) }
+        if self.are_few && !self.are_whole { PARTS } else { select_blocks_beside(pipeline.processors, part.lanes.len()) }
     }
 }
 
@@ -132,18 +138,16 @@ impl Pipeline {
         })
     }
 
-    fn grid(&self, score_blocks: usize, lanes: usize) -> StepGrid {
+    /// All lanes of a sequence, while nothing else runs.
+    fn alone(&self) -> StepGrid {
+        let lanes = self.blocks.lanes;
         StepGrid {
             lanes,
-            score_blocks: score_blocks_of_lane(score_blocks, lanes),
+            sample_blocks: SAMPLE_ALONE,
+            score_blocks: (self.score_alone / lanes).max(1),
             gather_blocks: self.blocks.gather,
             attend_blocks: self.blocks.attend,
         }
-    }
-
-    /// All lanes of a sequence, while nothing else runs.
-    fn alone(&self) -> StepGrid {
-        self.grid(self.score_alone, self.blocks.lanes)
     }
 
     /// Sequences that are scored jointly at most.
@@ -180,6 +184,10 @@ impl Pipeline {
     /// A call that the driver refuses.
     pub(super) fn begin(&self, micro_batches: &[Range<usize>]) -> Result<(), CudaError> {
         self.turn[0].record(&self.streams[0]).doing(JOINING)?;
+        if let [first, .., last] = micro_batches {
+            // What the first part is scored after, in later layers the last part.
+            self.scored[last.end - first.start - 1].record(&self.streams[0]).doing(JOINING)?;
+        }
         (1..micro_batches.len()).try_for_each(|number| self.stream_between_layers(micro_batches, number).wait(&self.turn[0]).doing(JOINING))
     }
 
@@ -215,27 +223,27 @@ impl Pipeline {
             unsafe { self.kernels.sparse_layer(&self.streams[0], &self.alone(), &jobs[part.slot])? };
             return after(0, &self.streams[0]);
         }
-        let kinds = PartKinds::new(self, micro_batches);
+        let kinds = PartKinds::new(self, micro_batches, parts.len(), cut);
         for (micro_batch, numbers) in own.into_iter().enumerate() {
-            let main = self.stream_of(numbers.start);
-            if numbers.start > 0 {
-                main.wait(&self.scored[numbers.start - 1]).doing(JOINING)?;
-            }
+            let (main, first) = (self.stream_of(numbers.start), numbers.start);
             // SAFETY: the caller's promise.
             unsafe { self.joint_scores(main, jobs, &micro_batches[micro_batch], joins)? };
             for number in numbers.clone() {
                 let part = &parts[number];
+                if number > first {
+                    // Not before the micro-batch may begin this layer, and its first part has been sampled undisturbed.
+                    self.stream_of(number).wait(&self.scored[first]).doing(JOINING)?;
+                }
                 // SAFETY: the caller's promise.
                 unsafe { self.part_of_layer(number, part, &kinds, &jobs[part.slot], joins.has(part.slot))? };
             }
             self.attended[numbers].iter().try_for_each(|attended| main.wait(attended).doing(JOINING))?;
             after(micro_batch, main)?;
         }
-        // One score kernel at a time, of the next layer too: see `streams_at_once`.
-        if kinds.are_apart { self.streams[0].wait(&self.scored[parts.len() - 1]).doing(JOINING) } else { Ok(()) }
+        Ok(())
     }
 
-    /// A part of a layer, after all parts of lower numbers.
+    /// A part of a layer, scored after all parts of lower numbers.
     unsafe fn part_of_layer(&self, number: usize, part: &Part, kinds: &PartKinds, job: &StepJob, is_scored: bool) -> Result<(), CudaError> {
         let (stream, lanes) = (self.stream_of(number), part.lanes.len());
         let job = StepJob {
@@ -248,16 +256,28 @@ impl Pipeline {
         // Kernels that come early take places and wait: beside a gather they would keep it from starting.
         let is_first = number == 0 && !kinds.are_apart;
         let (early, score_blocks) = if is_first { (&self.kernels, self.score_alone) } else { (&self.apart, self.score_beside) };
-        let grid = StepGrid { gather_blocks: kinds.gather_blocks, ..self.grid(score_blocks, lanes) };
-        if number > 0 {
-            stream.wait(&self.scored[number - 1]).doing(JOINING)?;
-        }
+        let grid = StepGrid {
+            lanes,
+            sample_blocks: SAMPLE_BESIDE,
+            score_blocks: (score_blocks / lanes).max(1),
+            gather_blocks: kinds.gather_blocks,
+            attend_blocks: self.blocks.attend,
+        };
+        let begun = (kinds.are_whole && !is_scored).then_some(&self.scored[number]);
         // SAFETY: the caller's promise; parts have nothing in common that a launch writes.
         unsafe {
             if !is_scored {
-                self.apart.score(stream, &grid, &job)?;
+                self.apart.sample(stream, &grid, &job)?;
             }
-            self.scored[number].record(stream).doing(JOINING)?;
+            if number > 0 || kinds.are_apart {
+                stream.wait(&self.scored[(number + kinds.parts - 1) % kinds.parts]).doing(JOINING)?;
+            }
+            if !is_scored {
+                early.score(stream, &grid, &job, begun)?;
+            }
+            if begun.is_none() {
+                self.scored[number].record(stream).doing(JOINING)?;
+            }
             early.select(stream, &grid, &job)?;
             if kinds.take_turns && number > 0 {
                 stream.wait(&self.fetched[number - 1]).doing(JOINING)?;
@@ -292,7 +312,7 @@ impl Pipeline {
         // SAFETY: the caller's promise.
         unsafe {
             self.joint_scores(&self.streams[0], jobs, &slots, joins)?;
-            slots.filter(|&slot| !joins.has(slot)).try_for_each(|slot| self.kernels.score(&self.streams[0], &self.alone(), &jobs[slot]))
+            slots.filter(|&slot| !joins.has(slot)).try_for_each(|slot| self.part(0, &jobs[slot]))
         }
     }
 
@@ -335,7 +355,10 @@ impl Pipeline {
         // SAFETY: the caller's promise.
         unsafe {
             match part {
-                0 => kernels.score(stream, grid, job),
+                0 => {
+                    kernels.sample(stream, grid, job)?;
+                    kernels.score(stream, grid, job, None)
+                }
                 1 => kernels.select(stream, grid, job),
                 2 => kernels.gather(stream, grid, job),
                 _ => kernels.attend(stream, grid, job),
@@ -352,8 +375,8 @@ mod tests {
     fn kernels_that_wait_cannot_take_all_places_from_each_other() {
         for places in 1..2048 {
             let streams = streams_at_once(places);
-            // One scores; the others may all be selecting. Each lacks one block at least of its first unfinished lane.
-            let stuck = MOST_SCORE_BLOCKS - 1 + (streams - 1) * (PARTS - 1);
+            // All of them may be selecting. Each lacks one block at least of its first unfinished lane.
+            let stuck = streams * (PARTS - 1);
             assert!(streams == 1 || stuck < places, "{places} places, {streams} streams");
         }
     }

@@ -1,7 +1,6 @@
-// The log-sum-exps of a lane's label scores, from a sample of the rows, which the blocks of the lane sum together.
+// The log-sum-exps of a lane's label scores, from a sample of the rows, which blocks of the lane sum together.
 #pragma once
 #include "tile.cuh"
-#include "words.cuh"
 
 constexpr u32 SCORE_THREADS = 512;
 constexpr u32 WARPS = SCORE_THREADS / 32;
@@ -59,22 +58,15 @@ constexpr u32 A_UNIT = 2 * LOADS;
 // Sums of sampled units that a head has at most, one a warp.
 constexpr u32 UNIT_SUMS = SAMPLE_SUMS * WARPS;
 
-// Bytes for a warp's sampled unit, where they suffice.
-constexpr u32 WARP_UNIT = BINS * 4 / WARPS;
+// Bytes of a unit that a warp copies to shared memory, 16 a thread; larger ones are read where they are.
+constexpr bool UNIT_FITS = UNIT_BYTES <= 512;
 
-// Room that the block's threads share.
-struct Room {
-    // First a warp's sampled unit, where it fits, then the histogram.
-    union {
-        __align__(16) u8 units[WARPS][WARP_UNIT];
-        u32 bins[BINS];
-    };
+// Room that the threads of a block of `sample` share.
+struct SampleRoom {
+    __align__(16) u8 units[WARPS][UNIT_FITS ? UNIT_BYTES : 16];
     Coder coder;
     LaneWeights weights;
-    u64 places[SCORE_THREADS];
     PowerSum sums[GROUP][WARPS];
-    float lse[GROUP];
-    u32 launch;
 };
 
 // Where labels are read: from shared memory, or from the device's.
@@ -83,7 +75,6 @@ __device__ __forceinline__ auto read_from(u32 stage, const u8* labels) {
     if constexpr (STAGED) return stage;
     else return labels;
 }
-constexpr bool UNIT_FITS = UNIT_BYTES <= WARP_UNIT;
 
 // The place of a sampled block's labels.
 __device__ __forceinline__ const u8* sampled_labels(const SequenceState& sequence, const LayerPlace& place, const Sample rows, u32 index, u32 lane) {
@@ -101,6 +92,9 @@ __device__ __forceinline__ const u8* piece_of_unit(const SequenceState& sequence
 __device__ __forceinline__ void ask_for_unit(const u8* piece, u8* to) {
     if (threadIdx.x % 32 < UNIT_BYTES / 16) copy_16_async(shared_address(to + threadIdx.x % 32 * 16), piece, true);
 }
+
+// Asks the second-level cache for a line.
+__device__ __forceinline__ void ask_for(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
 
 // How the sample's units are summed: `each` by one warp, as the length says and nothing else, so that sums are always the same.
 struct SampleUnits {
@@ -169,34 +163,75 @@ __device__ __forceinline__ void sum_units(const SequenceState& sequence, const L
     }
 }
 
-// Arrivals that a launch counts, whatever its blocks: how many launches there were is in the upper bits.
-constexpr u32 LAUNCH_ARRIVALS = 128;
-
-// Waits until all blocks have arrived that the launch has, `before` of which the usher was told.
-__device__ __forceinline__ void await_arrivals(const u32* arrivals, const u32& before) {
-    const u32 wanted = (before / LAUNCH_ARRIVALS + 1) * LAUNCH_ARRIVALS;
-    u32 now;
-    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrivals) : "memory");
-    while ((int)(now - wanted) < 0);
-}
-
-// Gives the log-sum-exps (log2) of the sums that the block's warps made together. `to`: [head][SAMPLE_SUMS].
-__device__ __forceinline__ void give_sums(const Room& room, u64* to) {
+// Writes the log-sum-exps (log2) of the sums that the block's warps made together. `to`: [head][SAMPLE_SUMS].
+__device__ __forceinline__ void write_sums(const SampleRoom& room, float* to) {
     static_assert(WARPS == 16, "sixteen threads a head");
     for (u32 first = 0; first < WARPS * GROUP; first += SCORE_THREADS) {
         const u32 own = first + threadIdx.x, head = own / WARPS;
         if (own / 32 * 32 >= WARPS * GROUP) return;
         const PowerSum all = joined_by_16(room.sums[min(head, GROUP - 1)][own % WARPS]);
-        if (own % WARPS == 0 && head < GROUP) give_word(to + head * SAMPLE_SUMS, __float_as_uint(all.largest + log2f(all.sum)), room.launch);
+        if (own % WARPS == 0 && head < GROUP) to[head * SAMPLE_SUMS] = all.largest + log2f(all.sum);
     }
 }
 
-// The log-sum-exp of a head from those of `count` sums of all blocks, by a warp.
-__device__ __forceinline__ void take_lse_of_head(const u64* from, u32 count, const u32& launch, float& to) {
+// Sums the block's part of the sample, and writes the sums. The labels of unit `own_sum` of each warp are asked for.
+__device__ __forceinline__ void sum_sample(const SequenceState& sequence, const LayerPlace& place, const Sample& rows, const SampleUnits& units, u32 lane, const Fragments<Alone>& fragments, u32 own_sum, float* sums, SampleRoom& room) {
+    const u32 warp = threadIdx.x / 32;
+    for (u32 first = blockIdx.x * WARPS; first < units.sums; first += gridDim.x * WARPS) {
+        const u32 sum = first + warp;
+        if (sum < units.sums) {
+            sum_units(sequence, place, rows, sum * units.each, min(units.count, (sum + 1) * units.each), lane, room.units[warp], fragments, sum == own_sum, &room.sums[0][warp]);
+        } else if (threadIdx.x % 32 == 0) {
+            for (u32 head = 0; head < GROUP; head++) room.sums[head][warp] = {LOWEST, 0.0f};
+        }
+        __syncthreads();
+        write_sums(room, sums + first / WARPS);
+        __syncthreads();
+    }
+}
+
+// Clears what the kernels after this one count in.
+__device__ __forceinline__ void clear_counts(const StepJob& job, u32 lane) {
+    for (u32 bin = blockIdx.x * SCORE_THREADS + threadIdx.x; bin < BINS; bin += gridDim.x * SCORE_THREADS) reinterpret_cast<u32*>(job.histogram)[lane * BINS + bin] = 0;
+    if (blockIdx.x == 0 && threadIdx.x == 0) reinterpret_cast<VictimCounts*>(job.victim_counts)[lane] = {};
+}
+
+// A lane's sums of sampled scores, by its blocks. Clears what the kernels after this one count in.
+__device__ __forceinline__ void sample_lane(const StepJob& job, SampleRoom& room) {
+    const u32 lane = job.first_lane + blockIdx.y, warp = threadIdx.x / 32;
+    const SequenceState sequence = *reinterpret_cast<const SequenceState*>(job.sequences);
+    const LayerPlace place = *reinterpret_cast<const LayerPlace*>(job.places);
+    const u32 chunks = sequence.length ? sequence.chunks : 0;
+    const Sample rows = sample_of(chunks);
+    const SampleUnits units = units_of(rows);
+    const u32 own_sum = blockIdx.x * WARPS + warp;
+    // The queries are another kernel's, and perhaps not there yet; where they are, they come nearer.
+    if (threadIdx.x < GROUP * HEAD_DIM / 32) ask_for(reinterpret_cast<const float*>(job.query) + lane * GROUP * HEAD_DIM + threadIdx.x * 32);
+    if (UNIT_FITS && own_sum < units.sums) ask_for_unit(piece_of_unit(sequence, place, rows, own_sum * units.each, lane), room.units[warp]);
+    end_copy_group();
+    fetch_coder(job, lane, room.coder);
+    __syncthreads();
+    enter_stream();
+    if (chunks == 0) return;
+    clear_counts(job, lane);
+    if (own_sum - warp >= units.sums) return;
+    make_weights(job, lane, room.coder, room.weights);
+    Fragments<Alone> fragments;
+    fragments_of_group<0>(&room.weights, fragments);
+    const float zero[HEAD_TILES][2] = {};
+    set_scale(fragments, 1.0f, zero);
+    wait_copy_groups<0>();
+    sum_sample(sequence, place, rows, units, lane, fragments, own_sum, reinterpret_cast<float*>(job.label_lse) + lane * GROUP * SAMPLE_SUMS, room);
+}
+
+// Sums of a head of a sample, each of a block's warps.
+__device__ __forceinline__ u32 sums_of(u32 chunks) { return (units_of(sample_of(chunks)).sums + WARPS - 1) / WARPS; }
+
+// The log-sum-exp of a head from its `count` sums, by a warp.
+__device__ __forceinline__ void take_lse_of_head(const float* from, u32 count, float& to) {
     static_assert(SAMPLE_SUMS == 64, "two a thread");
     const u32 own = threadIdx.x % 32;
-    const float first = own < count ? __uint_as_float(take_word(from + own, launch)) : LOWEST;
-    const float second = own + 32 < count ? __uint_as_float(take_word(from + own + 32, launch)) : LOWEST;
+    const float first = own < count ? from[own] : LOWEST, second = own + 32 < count ? from[own + 32] : LOWEST;
     const float largest = warp_max(fmaxf(first, second));
     float sum = exp2_fast(first - largest) + exp2_fast(second - largest);
 #pragma unroll
@@ -204,45 +239,14 @@ __device__ __forceinline__ void take_lse_of_head(const u64* from, u32 count, con
     if (own == 0) to = largest + log2f(sum);
 }
 
-// Those of the lane's heads, by the first warps; a barrier is to follow.
-__device__ __forceinline__ void take_lse(const u64* from, u32 count, Room& room) {
-    for (u32 head = threadIdx.x / 32; head < GROUP; head += WARPS) take_lse_of_head(from + head * SAMPLE_SUMS, count, room.launch, room.lse[head]);
-}
-
-// Whose thread counts the block.
-constexpr u32 USHER = SCORE_THREADS - 32;
-
-// Clears what blocks of the lane, and the kernels after this one, count in, and counts the block: whoever adds to it does so after all have
-// arrived. By a warp, whose first thread learns of the arrivals before.
-__device__ __forceinline__ void begin_counts(const StepJob& job, const u64& own_lane, const u32& sums_given, u64* const& given, u32* const& arrivals, u32& before) {
-    for (u32 bin = blockIdx.x * 32 + threadIdx.x % 32; bin < BINS; bin += gridDim.x * 32) reinterpret_cast<u32*>(job.histogram)[own_lane * BINS + bin] = 0;
-    if (blockIdx.x == 0) {
-        // Sums that are not given are of no launch.
-        for (u32 sum = sums_given + threadIdx.x % 32; sum < SAMPLE_SUMS; sum += 32)
-            for (u32 head = 0; head < GROUP; head++) given[head * SAMPLE_SUMS + sum] = 0;
-        if (threadIdx.x % 32 == 0) reinterpret_cast<VictimCounts*>(job.victim_counts)[own_lane] = {};
-    }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) {
-        const u32 counts = blockIdx.x == 0 ? LAUNCH_ARRIVALS - (gridDim.x - 1) : 1;
-        asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(arrivals), "r"(counts) : "memory");
-    }
-}
-
-// Sums the block's part of the sample and gives the sums. The labels of unit `own_sum` of each warp are asked for.
-__device__ __forceinline__ void sum_sample(const SequenceState& sequence, const LayerPlace& place, const Sample& rows, const SampleUnits& units, const u32& lane, const u32& before, const Fragments<Alone>& fragments, const u32& own_sum, u64* const& given, Room& room) {
-    const u32 warp = threadIdx.x / 32;
-    for (u32 first = blockIdx.x * WARPS;; first += gridDim.x * WARPS) {
-        const u32 sum = first + warp;
-        if (sum < units.sums) {
-            sum_units(sequence, place, rows, sum * units.each, min(units.count, (sum + 1) * units.each), lane, room.units[warp], fragments, sum == own_sum, &room.sums[0][warp]);
-        } else if (threadIdx.x % 32 == 0) {
-            for (u32 head = 0; head < GROUP; head++) room.sums[head][warp] = {LOWEST, 0.0f};
-        }
-        if (threadIdx.x == USHER) room.launch = before / LAUNCH_ARRIVALS + 1;
-        __syncthreads();
-        if (first < units.sums) give_sums(room, given + first / WARPS);
-        if (first + gridDim.x * WARPS >= units.sums) break;
-        __syncthreads();
+// What a lane's rows are scored with: query weights of its heads, and these heads' log-sum-exps by the sums that `sample` has written. By all warps of
+// the block; a barrier is to follow.
+__device__ __forceinline__ void set_scorer(const StepJob& job, u32 lane, u32 sums, const Coder& coder, LaneWeights& weights, float (&lse)[GROUP]) {
+    constexpr u32 TASKS = GROUP * N_GROUPS;
+    const float* query = reinterpret_cast<const float*>(job.query) + lane * GROUP * HEAD_DIM;
+    const float* from = reinterpret_cast<const float*>(job.label_lse) + lane * GROUP * SAMPLE_SUMS;
+    for (u32 task = threadIdx.x / 32; task < TASKS + GROUP; task += WARPS) {
+        if (task < TASKS) weights_of_task<0>(query, coder, job.score_scale, task, weights);
+        else take_lse_of_head(from + (task - TASKS) * SAMPLE_SUMS, sums, lse[task - TASKS]);
     }
 }

@@ -6,9 +6,6 @@
 constexpr float SMALLEST_KEYED = 3.76158192263132e-37f;
 constexpr u32 KEY_SHIFT = 14;
 
-// Asks the second-level cache for a line.
-__device__ __forceinline__ void ask_for(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
-
 // Binades between the least and the largest power of a head, -126 and 7.
 constexpr float BINADES = 133.0f;
 // Bits of the mantissa that powers are rounded to.
@@ -57,9 +54,8 @@ struct Keys {
 constexpr u32 CHUNKS_AT_ONCE = WARPS / RUNS_A_CHUNK;
 static_assert(WARPS % RUNS_A_CHUNK == 0, "whole chunks");
 
-// Stages that are asked for at first, and until the sample is scored: more would make what the block waits for wait behind them.
+// Stages that are asked for at first: more would make what the block waits for wait behind them.
 constexpr u32 ASKED_AT_FIRST = STAGES < 1 ? STAGES : 1;
-constexpr u32 ASKED_WITH_WEIGHTS = STAGES < 2 ? STAGES : 2;
 
 // Starts the copy of 16 bytes of labels, which nobody reads again before the next step: they give way first.
 __device__ __forceinline__ void copy_labels(u32 to, const u8* from) {

@@ -1,11 +1,19 @@
 // Label scores and importance keys, by the definition at `ScoreJob` (kernels/src/device/mod.rs).
 //
-// Importance needs every head's log-sum-exp. So the blocks of a lane first score the sampled rows together and take each other's sums; then
-// they pass over all labels once, write keys, and count their upper bits for select.cu. Labels are on their way to shared memory, a ring of
-// stages for each warp, before the kernel waits for the one before it: they depend on nothing that a step writes. Blocks of a lane follow each
-// other in the grid and start in that order, so that whoever waits waits for blocks that run.
+// Importance needs every head's log-sum-exp. So `sample` scores some rows first, and `score` then passes over all labels once, writes keys, and
+// counts their upper bits for select.cu. The first labels are on their way to shared memory, where each warp has a ring of stages, before the kernel
+// waits for the one before it: they depend on nothing that a step writes.
 #include "append.cuh"
 #include "scan.cuh"
+
+// Room that the threads of a block of `score` share.
+struct Room {
+    u32 bins[BINS];
+    Coder coder;
+    LaneWeights weights;
+    u64 places[SCORE_THREADS];
+    float lse[GROUP];
+};
 
 // Where a warp's runs are: the same part of every `step`-th chunk.
 struct OwnRuns {
@@ -20,59 +28,43 @@ __device__ __forceinline__ OwnRuns own_runs(const SequenceState& sequence, const
     return {reinterpret_cast<const u64*>(sequence.label_slots), part, (blockIdx.x * WARPS + warp) / RUNS_A_CHUNK, gridDim.x * CHUNKS_AT_ONCE};
 }
 
+// Sums of sampled rows' scores.
+extern "C" __global__ void __launch_bounds__(SCORE_THREADS, 2) sample(const StepJob job) {
+    __shared__ SampleRoom room;
+    sample_lane(job, room);
+}
+
+// Appends the newest row; then importance keys of every row before the horizon, and their histogram.
 extern "C" __global__ void __launch_bounds__(SCORE_THREADS, 2) score(const StepJob job) {
     extern __shared__ __align__(16) u8 rings[];
     __shared__ Room room;
-    const u32 lane = job.first_lane + blockIdx.y, slot = blockIdx.z, warp = threadIdx.x / 32;
-    const SequenceState sequence = reinterpret_cast<const SequenceState*>(job.sequences)[slot];
-    const LayerPlace place = reinterpret_cast<const LayerPlace*>(job.places)[slot];
-    const u64 own_lane = slot * job.lanes + lane;
+    const u32 lane = job.first_lane + blockIdx.y, warp = threadIdx.x / 32;
+    const SequenceState sequence = *reinterpret_cast<const SequenceState*>(job.sequences);
+    const LayerPlace place = *reinterpret_cast<const LayerPlace*>(job.places);
     const u32 chunks = sequence.length ? sequence.chunks : 0;
-    const Sample rows = sample_of(chunks);
-    const SampleUnits units = units_of(rows);
     const OwnRuns runs = own_runs(sequence, place, lane);
     u8* ring = rings + warp * (STAGES * RUN_BYTES);
-    const u32 own_sum = blockIdx.x * WARPS + warp;
-    const bool sums_own = own_sum < units.sums;
-    // What the block waits for is asked for before the labels, which take the memory for themselves. The queries are another kernel's, and
-    // perhaps not there yet; where they are, they come nearer.
-    if (threadIdx.x < GROUP * HEAD_DIM / 32) ask_for(reinterpret_cast<const float*>(job.query) + own_lane * GROUP * HEAD_DIM + threadIdx.x * 32);
-    const u8* piece = UNIT_FITS && sums_own ? piece_of_unit(sequence, place, rows, own_sum * units.each, lane) : nullptr;
-    u64 first_place = runs.first < chunks ? runs.places[runs.first] : 0;
+    const u64 first_place = runs.first < chunks ? runs.places[runs.first] : 0;
     const u32 placed = blockIdx.x * CHUNKS_AT_ONCE + threadIdx.x % CHUNKS_AT_ONCE + threadIdx.x / CHUNKS_AT_ONCE * runs.step;
     room.places[threadIdx.x] = placed < chunks ? runs.places[placed] : 0;
     fetch_coder(job, lane, room.coder);
-    if (UNIT_FITS && sums_own) ask_for_unit(piece, room.units[warp]);
-    end_copy_group();
     auto ask_for_stage = [&](u32 stage, u64 place) {
         if (place) ask_for_run(reinterpret_cast<const u8*>(place + runs.part) + threadIdx.x % 32 * 16, shared_address(ring + stage * RUN_BYTES) + threadIdx.x % 32 * 16);
         end_copy_group();
     };
     if (ASKED_AT_FIRST > 0) ask_for_stage(0, first_place);
+    for (u32 bin = threadIdx.x; bin < BINS; bin += SCORE_THREADS) room.bins[bin] = 0;
     __syncthreads();
     enter_stream();
     if (sequence.length == 0) return;
-    if (blockIdx.x + 1 == gridDim.x) append_row(job, sequence, place, slot, lane);
+    if (blockIdx.x + 1 == gridDim.x) append_row(job, sequence, place, 0, lane);
     if (chunks == 0) return;
-    u32* arrivals = &reinterpret_cast<Arrivals*>(job.arrivals)[own_lane].score;
-    u64* given = reinterpret_cast<u64*>(job.label_lse) + own_lane * GROUP * SAMPLE_SUMS;
-    const u32 sums_given = (units.sums + WARPS - 1) / WARPS;
-    u32 before = 0;
-    if (warp == WARPS - 1) begin_counts(job, own_lane, sums_given, given, arrivals, before);
-    make_weights(job, slot, lane, room.coder, room.weights);
+    set_scorer(job, lane, sums_of(chunks), room.coder, room.weights, room.lse);
+#pragma unroll
+    for (u32 stage = ASKED_AT_FIRST; stage < STAGES; stage++) ask_for_stage(stage, room.places[warp / RUNS_A_CHUNK + stage * CHUNKS_AT_ONCE]);
+    __syncthreads();
     Fragments<Alone> fragments;
     fragments_of_group<0>(&room.weights, fragments);
-    const float zero[HEAD_TILES][2] = {};
-    set_scale(fragments, 1.0f, zero);
-    if (ASKED_WITH_WEIGHTS > ASKED_AT_FIRST) ask_for_stage(1, room.places[warp / RUNS_A_CHUNK + CHUNKS_AT_ONCE]);
-    wait_copy_groups<ASKED_WITH_WEIGHTS>();
-    sum_sample(sequence, place, rows, units, lane, before, fragments, own_sum, given, room);
-#pragma unroll
-    for (u32 stage = ASKED_WITH_WEIGHTS; stage < STAGES; stage++) ask_for_stage(stage, room.places[warp / RUNS_A_CHUNK + stage * CHUNKS_AT_ONCE]);
-    for (u32 bin = threadIdx.x; bin < BINS; bin += SCORE_THREADS) room.bins[bin] = 0;
-    take_lse(given, sums_given, room);
-    if (threadIdx.x == USHER) await_arrivals(arrivals, before);
-    __syncthreads();
     const u32 g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     float start[HEAD_TILES][2];
 #pragma unroll
@@ -85,10 +77,10 @@ extern "C" __global__ void __launch_bounds__(SCORE_THREADS, 2) score(const StepJ
     }
     set_scale(fragments, 1.0f / BINADES, start);
     const u32 in_chunk = warp % RUNS_A_CHUNK * RUN_ROWS + own_row<Alone>();
-    u16* keys = reinterpret_cast<u16*>(job.keys) + own_lane * job.max_rows + in_chunk;
+    u16* keys = reinterpret_cast<u16*>(job.keys) + (u64)lane * job.max_rows + in_chunk;
 #ifdef TRACE_KEYS
     const u32 trace_run = job.max_rows / job.trace_rows;
-    const Trace trace = {reinterpret_cast<const u16*>(job.trace) + own_lane * job.trace_rows, trace_run, trace_run & (trace_run - 1) ? 32u : 31u - __clz(trace_run)};
+    const Trace trace = {reinterpret_cast<const u16*>(job.trace) + (u64)lane * job.trace_rows, trace_run, trace_run & (trace_run - 1) ? 32u : 31u - __clz(trace_run)};
 #endif
     const u64 part = runs.part + threadIdx.x % 32 * 16;
     const u32 step = runs.step;
@@ -133,5 +125,5 @@ extern "C" __global__ void __launch_bounds__(SCORE_THREADS, 2) score(const StepJ
         }
     }
     __syncthreads();
-    add_counts(job, own_lane, room.bins);
+    add_counts(job, lane, room.bins);
 }

@@ -10,7 +10,7 @@ use super::error::CudaError;
 use super::jobs::{Arrivals, BINS, LEAST_PARTS, LayerPlace, NOBODY, PART_WORDS, PARTS, SAMPLE_SUMS, SequenceState, StepJob, VictimCounts};
 use super::label::Labeller;
 use super::module::{Grid, Modules, Source, Specialisation};
-use super::step::{SCORE_THREADS, SELECT_THREADS, SELECT_TILE_BYTES, SELECT_TILE_ROWS, score_blocks_of_lane};
+use super::step::{SAMPLE_ALONE, SCORE_THREADS, SELECT_THREADS, SELECT_TILE_BYTES, SELECT_TILE_ROWS};
 use crate::device::{AttendJob, HotRows, LayerGeometry, ScoreJob, SelectJob};
 use crate::shape::RowType;
 use crate::slot::CHUNK_TOKENS;
@@ -44,7 +44,7 @@ pub(super) fn score(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Score
     let specialisation = Specialisation::labels(geometry, plan);
     let labeller = Labeller::with_module(&modules.get(Source::Label, &specialisation)?, stream, geometry, job.coder)?;
     let module = modules.get(Source::Score, &specialisation)?;
-    let score = module.kernel("score", module.score_bytes(&specialisation))?;
+    let (sample, score) = (module.kernel("sample", 0)?, module.kernel("score", module.score_bytes(&specialisation))?);
 
     let context = stream.context();
     let labels = DeviceBuffer::<u8>::uninitialised(context, chunks * page_bytes)?;
@@ -55,7 +55,7 @@ pub(super) fn score(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Score
     let label_slots =
         DeviceBuffer::from_slice(stream, &(0..chunks).map(|chunk| labels.address_of(chunk * page_bytes)).collect::<Vec<u64>>())?;
     let query = DeviceBuffer::from_slice(stream, job.query)?;
-    let label_lse = DeviceBuffer::<f32>::zeroed(stream, lanes * group * SAMPLE_SUMS * 2)?;
+    let label_lse = DeviceBuffer::<f32>::zeroed(stream, lanes * group * SAMPLE_SUMS)?;
     let room = DeviceBuffer::<u16>::zeroed(stream, keys.len())?;
     let histogram = DeviceBuffer::<u32>::zeroed(stream, lanes * BINS)?;
     let victim_counts = DeviceBuffer::<VictimCounts>::zeroed(stream, lanes)?;
@@ -89,10 +89,11 @@ pub(super) fn score(modules: &mut Modules, stream: &Arc<CudaStream>, job: &Score
         ..seat.job()
     };
     let resident = score.resident_blocks(SCORE_THREADS)? * modules.gpu().processors as usize;
-    let blocks = score_blocks_of_lane(resident, lanes);
+    let grid = |blocks| Grid { blocks: [blocks, lanes, 1], threads: SCORE_THREADS };
     // SAFETY: every address of the job is of a buffer above, which live until the keys have been read.
     unsafe {
-        score.launch(stream, Grid { blocks: [blocks, lanes, 1], threads: SCORE_THREADS }, &step)?;
+        sample.launch(stream, grid(SAMPLE_ALONE), &step)?;
+        score.launch(stream, grid((resident / lanes).max(1)), &step)?;
     }
     room.read(stream, 0, keys)
 }

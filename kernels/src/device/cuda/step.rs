@@ -1,7 +1,7 @@
 //! The kernels of a decode step and their launches, one layer of one sequence at a time: the path of a token on the device, in order.
 
 use bytemuck::{Pod, Zeroable};
-use cudarc::driver::CudaStream;
+use cudarc::driver::{CudaEvent, CudaStream};
 
 use super::compile::Compiler;
 use super::error::CudaError;
@@ -20,14 +20,17 @@ const GATHER_THREADS: usize = 384;
 /// across the link at a time, and the longer everything else takes.
 pub(super) const ITEMS_ALONE: u32 = 8;
 pub(super) const ITEMS_BESIDE: u32 = 16;
-/// Blocks of the score kernel that share a lane at most: fewer than a launch counts arrivals (score.cu).
-pub(super) const MOST_SCORE_BLOCKS: usize = 64;
+/// Blocks of the sample kernel that share a lane, where nothing else runs and beside other parts: as many as a sample has sums of most lengths, and
+/// half of them.
+pub(super) const SAMPLE_ALONE: usize = 33;
+pub(super) const SAMPLE_BESIDE: usize = 17;
 /// Most lanes that the gather keeps count of.
 pub const MAX_LANES: usize = 64;
 
 /// Compiled kernels for rows and labels of one shape.
 #[derive(Clone, Debug)]
 pub struct StepKernels {
+    sample: Kernel,
     score: Kernel,
     select: Kernel,
     /// The same for launches of fewer parts, which are twice as long.
@@ -38,7 +41,7 @@ pub struct StepKernels {
     attend_threads: usize,
     /// Blocks of the score kernel that run at once.
     score_blocks: usize,
-    /// Blocks of the score and select kernels that do, whichever they are.
+    /// Blocks of the select kernel that do.
     places: usize,
 }
 
@@ -54,18 +57,14 @@ pub(super) struct MoveJob {
 pub struct StepGrid {
     /// Lanes.
     pub lanes: usize,
-    /// Blocks of the score kernel that share a lane. They wait for each other, so all of them have to run at once.
+    /// Blocks of the sample kernel that share a lane.
+    pub sample_blocks: usize,
+    /// Blocks of the score kernel that do.
     pub score_blocks: usize,
     /// Blocks of the gather: few, so that rows in flight lie near each other (LIMITS.md).
     pub gather_blocks: usize,
     /// Attention blocks a lane.
     pub attend_blocks: usize,
-}
-
-/// Blocks of the score kernel that share a lane, of `resident` that run at once. Bounded, so that launches of several streams cannot keep
-/// each other's blocks from starting.
-pub(super) fn score_blocks_of_lane(resident: usize, lanes: usize) -> usize {
-    (resident / lanes).clamp(1, MOST_SCORE_BLOCKS)
 }
 
 impl StepKernels {
@@ -77,12 +76,14 @@ impl StepKernels {
         let module = |source| Module::load(gpu, compiler, source, specialisation);
         let (score, select, hot, attend) = (module(Source::Score)?, module(Source::Select)?, module(Source::Hot)?, module(Source::Attend)?);
         let scores = score.overlapping_kernel("score", score.score_bytes(specialisation))?;
+        let sample = score.overlapping_kernel("sample", 0)?;
         let selects = select.overlapping_kernel("select", SELECT_TILE_BYTES)?;
         let select_wide = select.overlapping_kernel("select", 2 * SELECT_TILE_BYTES)?;
         let processors = gpu.processors as usize;
         let score_blocks = scores.resident_blocks(SCORE_THREADS)?;
         let select_blocks = selects.resident_blocks(SELECT_THREADS)?.min(select_wide.resident_blocks(SELECT_THREADS)?);
         Ok(Self {
+            sample,
             score: scores,
             select: selects,
             select_wide,
@@ -91,17 +92,16 @@ impl StepKernels {
             move_blocks: hot.kernel("move_blocks", 0)?,
             attend_threads: 32 * specialisation.attend_warps(),
             score_blocks: score_blocks * processors,
-            // A processor that has room for so many of either has room for as many of both.
-            places: score_blocks.min(select_blocks) * processors,
+            places: select_blocks * processors,
         })
     }
 
     /// The same, launched after all that came before has ended: for launches that follow several others, on several streams.
     #[must_use]
     pub fn apart(&self) -> Self {
-        let [score, select, select_wide, gather, attend] =
-            [&self.score, &self.select, &self.select_wide, &self.gather, &self.attend].map(Kernel::apart);
-        Self { score, select, select_wide, gather, attend, move_blocks: self.move_blocks.clone(), ..*self }
+        let [sample, score, select, select_wide, gather, attend] =
+            [&self.sample, &self.score, &self.select, &self.select_wide, &self.gather, &self.attend].map(Kernel::apart);
+        Self { sample, score, select, select_wide, gather, attend, move_blocks: self.move_blocks.clone(), ..*self }
     }
 
     /// Blocks of the score kernel that run at once.
@@ -110,31 +110,45 @@ impl StepKernels {
         self.score_blocks
     }
 
-    /// Blocks of the score and select kernels that run at once, whichever they are.
+    /// Blocks of the select kernel that run at once.
     #[must_use]
     pub(super) fn places(&self) -> usize {
         self.places
     }
 
-    /// Appends the newest rows; then importance keys of every row before the horizon, and their histogram.
+    /// Sums of sampled rows' label scores, from which [`StepKernels::score`] has every head's log-sum-exp.
     ///
     /// # Safety
     /// As [`Kernel::launch`]; so for all launches of this type.
     ///
     /// # Errors
     /// A launch that the driver refuses; so for all launches of this type.
-    pub unsafe fn score(&self, stream: &CudaStream, grid: &StepGrid, job: &StepJob) -> Result<(), CudaError> {
+    pub unsafe fn sample(&self, stream: &CudaStream, grid: &StepGrid, job: &StepJob) -> Result<(), CudaError> {
         // SAFETY: the caller's promise.
-        unsafe { self.score.launch(stream, Grid { blocks: [grid.score_blocks, grid.lanes, 1], threads: SCORE_THREADS }, job) }
+        unsafe { self.sample.launch(stream, Grid { blocks: [grid.sample_blocks, grid.lanes, 1], threads: SCORE_THREADS }, job) }
+    }
+
+    /// Appends the newest rows; then importance keys of every row before the horizon, and their histogram. `begun` is recorded when all blocks run.
+    ///
+    /// # Safety
+    /// As [`StepKernels::sample`].
+    ///
+    /// # Errors
+    /// As [`StepKernels::sample`].
+    pub unsafe fn score(&self, stream: &CudaStream, grid: &StepGrid, job: &StepJob, begun: Option<&CudaEvent>) -> Result<(), CudaError> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.score.launch_telling(stream, Grid { blocks: [grid.score_blocks, grid.lanes, 1], threads: SCORE_THREADS }, job, begun)
+        }
     }
 
     /// Selected positions, ascending, which of them are hot, and room for those that are not: the places of the least important hot rows.
     ///
     /// # Safety
-    /// As [`StepKernels::score`].
+    /// As [`StepKernels::sample`].
     ///
     /// # Errors
-    /// As [`StepKernels::score`].
+    /// As [`StepKernels::sample`].
     pub unsafe fn select(&self, stream: &CudaStream, grid: &StepGrid, job: &StepJob) -> Result<(), CudaError> {
         let kernel = if job.parts as usize == PARTS { &self.select } else { &self.select_wide };
         // SAFETY: the caller's promise.
@@ -144,10 +158,10 @@ impl StepKernels {
     /// Fetches the missing rows across the link.
     ///
     /// # Safety
-    /// As [`StepKernels::score`].
+    /// As [`StepKernels::sample`].
     ///
     /// # Errors
-    /// As [`StepKernels::score`].
+    /// As [`StepKernels::sample`].
     pub unsafe fn gather(&self, stream: &CudaStream, grid: &StepGrid, job: &StepJob) -> Result<(), CudaError> {
         // SAFETY: the caller's promise.
         unsafe { self.gather.launch(stream, Grid { blocks: [grid.gather_blocks, 1, 1], threads: GATHER_THREADS }, job) }
@@ -156,10 +170,10 @@ impl StepKernels {
     /// Attention over the listed rows and those from the horizon on; where the job says so, appends the newest rows itself.
     ///
     /// # Safety
-    /// As [`StepKernels::score`].
+    /// As [`StepKernels::sample`].
     ///
     /// # Errors
-    /// As [`StepKernels::score`].
+    /// As [`StepKernels::sample`].
     pub unsafe fn attend(&self, stream: &CudaStream, grid: &StepGrid, job: &StepJob) -> Result<(), CudaError> {
         let blocks = [grid.attend_blocks, grid.lanes, 1];
         // SAFETY: the caller's promise.
@@ -169,10 +183,10 @@ impl StepKernels {
     /// Gives `count` blocks of hot places to other lanes, as `moves` says: [`super::store::BlockMove`] by block.
     ///
     /// # Safety
-    /// As [`StepKernels::score`].
+    /// As [`StepKernels::sample`].
     ///
     /// # Errors
-    /// As [`StepKernels::score`].
+    /// As [`StepKernels::sample`].
     pub unsafe fn move_blocks(&self, stream: &CudaStream, moves: u64, count: usize) -> Result<(), CudaError> {
         // SAFETY: the caller's promise.
         unsafe { self.move_blocks.launch(stream, Grid { blocks: [count, 1, 1], threads: POOL_BLOCK }, &MoveJob { moves }) }
@@ -181,14 +195,15 @@ impl StepKernels {
     /// One layer of a sparse step, whole.
     ///
     /// # Safety
-    /// As [`StepKernels::score`].
+    /// As [`StepKernels::sample`].
     ///
     /// # Errors
-    /// As [`StepKernels::score`].
+    /// As [`StepKernels::sample`].
     pub unsafe fn sparse_layer(&self, stream: &CudaStream, grid: &StepGrid, job: &StepJob) -> Result<(), CudaError> {
         // SAFETY: the caller's promise.
         unsafe {
-            self.score(stream, grid, job)?;
+            self.sample(stream, grid, job)?;
+            self.score(stream, grid, job, None)?;
             self.select(stream, grid, job)?;
             self.gather(stream, grid, job)?;
             self.attend(stream, grid, job)

@@ -83,9 +83,9 @@ struct Coder {
 };
 
 // Channels and steps, which no kernel writes; no barrier.
-__device__ __forceinline__ void fetch_coder(const StepJob& job, u32 lane_index, Coder& out) {
-    const u16* channels = reinterpret_cast<const u16*>(job.channels) + lane_index * CHANNELS;
-    const float* steps = reinterpret_cast<const float*>(job.steps) + lane_index * CHANNELS;
+__device__ __forceinline__ void fetch_coder(const StepJob& job, u32 lane, Coder& out) {
+    const u16* channels = reinterpret_cast<const u16*>(job.channels) + lane * CHANNELS;
+    const float* steps = reinterpret_cast<const float*>(job.steps) + lane * CHANNELS;
     for (u32 channel = threadIdx.x; channel < CHANNELS; channel += blockDim.x) out.channels[channel] = channels[channel], out.steps[channel] = steps[channel];
 }
 
@@ -122,9 +122,9 @@ __device__ __forceinline__ void weights_of_task(const float* query, const Coder&
     if constexpr (G + 1 < N_GROUPS) weights_of_task<G + 1>(query, coder, scale, task, out);
 }
 
-// Computes the weights of `lane_index` of a batch slot, by all threads of the block, after `fetch_coder` and a barrier; ends with a barrier.
-__device__ __forceinline__ void make_weights(const StepJob& job, u32 slot, u32 lane_index, const Coder& coder, LaneWeights& out) {
-    const float* query = reinterpret_cast<const float*>(job.query) + (u64)(slot * job.lanes + lane_index) * GROUP * HEAD_DIM;
+// Computes the weights of a lane, by all threads of the block, after `fetch_coder` and a barrier; ends with a barrier.
+__device__ __forceinline__ void make_weights(const StepJob& job, u32 lane, const Coder& coder, LaneWeights& out) {
+    const float* query = reinterpret_cast<const float*>(job.query) + lane * GROUP * HEAD_DIM;
     for (u32 task = threadIdx.x / 32; task < GROUP * N_GROUPS; task += blockDim.x / 32) weights_of_task<0>(query, coder, job.score_scale, task, out);
     __syncthreads();
 }

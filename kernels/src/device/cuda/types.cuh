@@ -83,10 +83,8 @@ struct VictimCounts {
 
 // Blocks of a lane that came somewhere. Counts go on from launch to launch.
 struct Arrivals {
-    u32 score;   // in score.cu: 128 a launch, whatever its blocks
     u32 select;  // in select.cu: PARTS a launch, whatever its blocks
     u32 attend;  // to the end of attention, modulo the lane's blocks
-    u32 unused;
 };
 
 // One layer of one step for all batch slots.
@@ -103,7 +101,7 @@ struct StepJob {
     u64 query;         // f32[slot][query head][HEAD_DIM]
     u64 output;        // f32[slot][query head][HEAD_DIM]
     u64 lse;           // f32[slot][query head], natural
-    u64 label_lse;     // u64[slot][query head][SAMPLE_SUMS]: log-sum-exps (log2) of sampled label scores, and their launch
+    u64 label_lse;     // f32[slot][query head][SAMPLE_SUMS]: log-sum-exps (log2) of sampled label scores
     u64 keys;          // u16[slot][lane][max_rows]
     u64 histogram;     // u32[slot][lane][BINS]: keys by their upper bits
     u64 part_words;    // u64[slot][lane][PARTS][PART_WORDS]: what parts publish, and its launch

@@ -28,7 +28,7 @@ impl Workspace {
         let (lanes, group) = (shape.slots * shape.lanes(), shape.geometry.heads.group());
         let listed = lanes * shape.max_count;
         Ok(Self {
-            label_lse: DeviceBuffer::zeroed(stream, lanes * group * SAMPLE_SUMS * 2)?,
+            label_lse: DeviceBuffer::zeroed(stream, lanes * group * SAMPLE_SUMS)?,
             keys: DeviceBuffer::zeroed(stream, lanes * shape.max_tokens)?,
             histogram: DeviceBuffer::zeroed(stream, lanes * BINS)?,
             part_words: DeviceBuffer::zeroed(stream, lanes * PARTS * PART_WORDS)?,
@@ -45,7 +45,7 @@ impl Workspace {
 
     /// Bytes of the room for batches of a shape.
     pub(super) fn bytes_of(shape: &BatchShape) -> u64 {
-        let of_lane = (SAMPLE_SUMS * 2 * shape.geometry.heads.group() + BINS + 2 * PARTS * PART_WORDS + shape.lane_partials()) * 4
+        let of_lane = (SAMPLE_SUMS * shape.geometry.heads.group() + BINS + 2 * PARTS * PART_WORDS + shape.lane_partials()) * 4
             + shape.max_tokens * size_of::<u16>()
             + shape.max_count * (2 * size_of::<u32>() + size_of::<Miss>() + size_of::<Victim>())
             + PARTS * size_of::<PartCounts>()
