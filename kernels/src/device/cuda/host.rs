@@ -128,12 +128,6 @@ impl HostSegment {
         self.range.len() as u64
     }
 
-    /// Device address of plane `plane`.
-    #[must_use]
-    pub fn plane_address(&self, plane: usize) -> u64 {
-        self.planes[plane]
-    }
-
     /// Device address of the page of a slot in plane `plane`.
     #[must_use]
     pub fn page_address(&self, plane: usize, slot: u32) -> u64 {

@@ -380,4 +380,17 @@ mod tests {
             assert!(streams == 1 || stuck < places, "{places} places, {streams} streams");
         }
     }
+
+    #[test]
+    fn selections_beside_scores_have_one_block_a_processor() {
+        for (processors, lanes) in (1..=160).flat_map(|processors| (1..=64).map(move |lanes| (processors, lanes))) {
+            let blocks = select_blocks_beside(processors, lanes);
+            assert!(blocks.is_power_of_two() && (LEAST_PARTS..=PARTS).contains(&blocks), "{blocks} blocks");
+            assert!(blocks == LEAST_PARTS || blocks * lanes <= processors, "{blocks} blocks of {lanes} lanes on {processors} processors");
+            assert!(
+                blocks == PARTS || 2 * blocks * lanes > processors,
+                "{blocks} blocks of {lanes} lanes: too few for {processors} processors"
+            );
+        }
+    }
 }

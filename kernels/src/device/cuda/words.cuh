@@ -13,14 +13,6 @@ __device__ __forceinline__ u64 word_now(const u64* from) {
     return word;
 }
 
-// Waits for a word of the launch.
-__device__ __forceinline__ u32 take_word(const u64* from, u32 launch) {
-    u64 word;
-    do word = word_now(from);
-    while ((u32)(word >> 32) != launch);
-    return (u32)word;
-}
-
 // Two words as they are now. Says whether both are of the launch.
 __device__ __forceinline__ bool take_pair(const u64* from, u32 launch, u64 (&pair)[2]) {
     asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(pair[0]), "=l"(pair[1]) : "l"(from) : "memory");
