@@ -19,7 +19,7 @@ use super::step::{SAMPLE_BESIDE, SCORE_THREADS};
 /// whose labels a score kernel alone reads in less time than a launch takes.
 pub const LEAST_COMMON: usize = 16;
 /// What sequences have in common is at least this part of what any of them selects from: what each has of its own is scored as fast by launches
-/// of its own, which overlap other sequences' gathers (docs/decisions/0004-the-gpu-step.md has the measurements).
+/// of its own, which overlap other sequences' gathers (docs/decisions/0007-sequences-of-a-gpu-step.md has the measurements).
 const LEAST_PART: usize = 2;
 
 /// Sequences that one launch scores jointly at most, of a lane's query heads: their columns fill two tiles (tile.cuh), whose sums and weights are
