@@ -20,8 +20,8 @@ const GATHER_THREADS: usize = 384;
 /// across the link at a time, and the longer everything else takes.
 pub(super) const ITEMS_ALONE: u32 = 8;
 pub(super) const ITEMS_BESIDE: u32 = 16;
-/// Blocks of the sample kernel that share a lane, where nothing else runs and beside other parts: as many as a sample has sums of most lengths, and
-/// half of them.
+/// Blocks of the sample kernel that share a lane, where nothing else runs and beside other parts: one for each sum that the sample of a long
+/// sequence has with four heads a lane, and one for two of them.
 pub(super) const SAMPLE_ALONE: usize = 33;
 pub(super) const SAMPLE_BESIDE: usize = 17;
 /// Most lanes that the gather keeps count of.
