@@ -103,7 +103,7 @@ pub enum Source {
 }
 
 /// What the sources include.
-const HEADERS: [(&str, &str); 9] = [
+const HEADERS: [(&str, &str); 8] = [
     ("common.cuh", include_str!("common.cuh")),
     ("append.cuh", include_str!("append.cuh")),
     ("mma.cuh", include_str!("mma.cuh")),
@@ -112,7 +112,6 @@ const HEADERS: [(&str, &str); 9] = [
     ("sample.cuh", include_str!("sample.cuh")),
     ("scan.cuh", include_str!("scan.cuh")),
     ("tile.cuh", include_str!("tile.cuh")),
-    ("words.cuh", include_str!("words.cuh")),
 ];
 
 impl Source {

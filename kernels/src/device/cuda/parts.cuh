@@ -1,9 +1,9 @@
 // What the blocks of a lane tell each other while rows are selected, and what each makes of it.
 //
-// Every word carries the launch that it is of (words.cuh): a fence and a count of arrivals took three times as long. Blocks of a lane follow each other in the grid and start in that order, so that whoever waits waits for blocks that run.
+// A word is a value and above it the launch that it is of, so that it needs no other signal: a fence and a count of arrivals took three times as
+// long. Blocks of a lane follow each other in the grid and start in that order, so that whoever waits waits for blocks that run.
 #pragma once
 #include "types.cuh"
-#include "words.cuh"
 
 constexpr u32 SELECT_THREADS = 512;
 constexpr u32 SELECT_WARPS = SELECT_THREADS / 32;
@@ -72,6 +72,23 @@ struct AllParts {
     Share share;
     Eviction eviction;
 };
+
+__device__ __forceinline__ void give_word(u64* to, u32 value, u32 launch) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"((u64)launch << 32 | value) : "memory");
+}
+
+// A word as it is now.
+__device__ __forceinline__ u64 word_now(const u64* from) {
+    u64 word;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+    return word;
+}
+
+// Two words as they are now. Says whether both are of the launch.
+__device__ __forceinline__ bool take_pair(const u64* from, u32 launch, u64 (&pair)[2]) {
+    asm volatile("ld.relaxed.gpu.global.v2.u64 {%0, %1}, [%2];" : "=l"(pair[0]), "=l"(pair[1]) : "l"(from) : "memory");
+    return pair[0] >> 32 == launch && pair[1] >> 32 == launch;
+}
 
 // Waits until all parts have published their words, and takes them. By all threads of the block; a barrier at the end.
 __device__ __forceinline__ void take_words(const u64* words, u32 parts, u32 launch, AllParts& all) {

@@ -75,8 +75,6 @@ struct PartKinds {
     parts: usize,
     /// Of several micro-batches.
     are_apart: bool,
-    /// One is fetched after the other.
-    take_turns: bool,
     /// Not halved, and so expected to find their rows.
     are_whole: bool,
     /// Whether the link bounds the step, rather than kernels.
@@ -92,12 +90,16 @@ impl PartKinds {
         Self {
             parts,
             are_apart,
-            take_turns: are_apart && are_few,
             are_whole: cut == Cut::Whole,
             are_few,
             gather_blocks: if are_few { gather_blocks } else { gather_blocks.div_ceil(2) },
             items: if slots > 1 { ITEMS_BESIDE } else { ITEMS_ALONE },
         }
+    }
+
+    /// Whether one is fetched after the other.
+    fn take_turns(&self) -> bool {
+        self.are_apart && self.are_few
     }
 
     /// Of few sequences each selection is what the link waits for, if it has anything to fetch; otherwise each selects while others are scored.
@@ -261,7 +263,7 @@ impl Pipeline {
             sample_blocks: SAMPLE_BESIDE,
             score_blocks: (score_blocks / lanes).max(1),
             gather_blocks: kinds.gather_blocks,
-            attend_blocks: self.blocks.attend,
+            ..self.alone()
         };
         let begun = (kinds.are_whole && !is_scored).then_some(&self.scored[number]);
         // SAFETY: the caller's promise; parts have nothing in common that a launch writes.
@@ -279,11 +281,11 @@ impl Pipeline {
                 self.scored[number].record(stream).doing(JOINING)?;
             }
             early.select(stream, &grid, &job)?;
-            if kinds.take_turns && number > 0 {
+            if kinds.take_turns() && number > 0 {
                 stream.wait(&self.fetched[number - 1]).doing(JOINING)?;
             }
             self.apart.gather(stream, &grid, &job)?;
-            if kinds.take_turns {
+            if kinds.take_turns() {
                 self.fetched[number].record(stream).doing(JOINING)?;
             }
             self.apart.attend(stream, &grid, &job)?;

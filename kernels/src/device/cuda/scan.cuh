@@ -36,6 +36,30 @@ __device__ __forceinline__ u32 key_of(float importance) {
 #endif
 }
 
+// The log-sum-exp of a head from its `count` sums, by a warp.
+__device__ __forceinline__ void take_lse_of_head(const float* from, u32 count, float& to) {
+    static_assert(SAMPLE_SUMS == 64, "two a thread");
+    const u32 own = threadIdx.x % 32;
+    const float first = own < count ? from[own] : LOWEST, second = own + 32 < count ? from[own + 32] : LOWEST;
+    const float largest = warp_max(fmaxf(first, second));
+    float sum = exp2_fast(first - largest) + exp2_fast(second - largest);
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+    if (own == 0) to = largest + log2f(sum);
+}
+
+// What a lane's rows are scored with: query weights of its heads, and these heads' log-sum-exps by the sums that `sample` has written. By all warps of
+// the block; a barrier is to follow.
+__device__ __forceinline__ void set_scorer(const StepJob& job, u32 lane, u32 sums, const Coder& coder, LaneWeights& weights, float (&lse)[GROUP]) {
+    constexpr u32 TASKS = GROUP * N_GROUPS;
+    const float* query = reinterpret_cast<const float*>(job.query) + lane * GROUP * HEAD_DIM;
+    const float* from = reinterpret_cast<const float*>(job.label_lse) + lane * GROUP * SAMPLE_SUMS;
+    for (u32 task = threadIdx.x / 32; task < TASKS + GROUP; task += WARPS) {
+        if (task < TASKS) weights_of_task<0>(query, coder, job.score_scale, task, weights);
+        else take_lse_of_head(from + (task - TASKS) * SAMPLE_SUMS, sums, lse[task - TASKS]);
+    }
+}
+
 // A run is RUN consecutive units of a chunk as one sequence alone has them; a warp scores one after the other. With STAGES a run is a stage of
 // the warp's ring.
 constexpr u32 RUN_ROWS = RUN * UNIT;
