@@ -7,9 +7,11 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use sluice_kernels::device::cuda::Gpu;
 use sluice_kernels::device::cuda::batch::{Batch, BatchLayer, BatchShape};
+use sluice_kernels::device::cuda::buffer::DeviceBuffer;
 use sluice_kernels::device::cuda::compile::Compiler;
 use sluice_kernels::device::cuda::cut::Cut;
 use sluice_kernels::device::cuda::host::HostPart;
+use sluice_kernels::device::cuda::probe::Probe;
 use sluice_kernels::device::cuda::seat::{Kept, Seat, SeatShape};
 use sluice_kernels::shape::RowType;
 
@@ -122,4 +124,53 @@ fn what_follows_a_layer_comes_once_for_each_micro_batch() {
     batch.wait().expect("the step");
     let expected: Vec<_> = (0..LAYERS).flat_map(|layer| (0..3).map(move |micro_batch| (layer, micro_batch))).collect();
     assert_eq!(came, expected);
+}
+
+/// As a model does it: the queries of a layer are there only when what follows the layer before has run, which takes its time.
+#[test]
+fn a_layer_has_the_queries_that_follow_the_layer_before() {
+    let Some((gpu, compiler)) = gpu() else { return };
+    let mut hosted = hosted(&gpu, SHAPE, PLAN, 84);
+    let queries: Vec<Vec<f32>> = (0..LAYERS).map(|_| hosted.layer.queries(SLOTS)).collect();
+    let stale: Vec<Vec<f32>> = (0..LAYERS).map(|layer| if layer == 0 { queries[0].clone() } else { hosted.layer.queries(SLOTS) }).collect();
+    let mut lockstep = seated(&gpu, &compiler, &hosted);
+    set_inputs(&mut lockstep, &hosted, &queries);
+    (0..LAYERS).for_each(|layer| lockstep.enqueue_layer(layer, 0..SLOTS, Cut::Whole).expect("a layer"));
+    let expected = outputs(&lockstep);
+    let stream = gpu.new_stream().expect("a stream");
+    let computed = DeviceBuffer::from_slice(&stream, &queries.concat()).expect("queries on the device");
+    let weights = DeviceBuffer::<u8>::zeroed(&stream, 1 << 28).expect("what a layer reads");
+    let probe = Probe::new(&gpu, &compiler).expect("a probe");
+    stream.synchronize().expect("inputs");
+    let one = |slots: Range<usize>| std::iter::once(slots).collect::<Vec<_>>();
+    let each = |slots: Range<usize>| slots.map(|slot| slot..slot + 1).collect();
+    for (micro_batches, cut) in [
+        (one(0..SLOTS), Cut::Whole),
+        (one(0..SLOTS), Cut::Halves),
+        (one(0..3), Cut::Halves),
+        (vec![0..4, 4..SLOTS], Cut::Halves),
+        (each(0..SLOTS), Cut::Whole),
+    ] {
+        let mut batch = seated(&gpu, &compiler, &hosted);
+        let step = |batch: &Batch| {
+            batch.enqueue_step(&micro_batches, cut, |layer, micro_batch, stream| {
+                probe.read(stream, &weights)?;
+                let next = layer + 1;
+                if next < LAYERS { batch.enqueue_queries(stream, next, micro_batches[micro_batch].clone(), &computed) } else { Ok(()) }
+            })
+        };
+        let count = micro_batches.last().map_or(0, |slots| slots.end);
+        set_inputs(&mut batch, &hosted, &stale);
+        step(&batch).expect("a step");
+        assert!(of_slots(&outputs(&batch), count) == of_slots(&expected, count), "{micro_batches:?}, {cut:?}");
+        let graph = batch.capture(|| step(&batch)).expect("a graph");
+        set_inputs(&mut batch, &hosted, &stale);
+        graph.launch().expect("a launch");
+        assert!(of_slots(&outputs(&batch), count) == of_slots(&expected, count), "{micro_batches:?}, {cut:?}, in a graph");
+    }
+}
+
+/// The outputs of the first slots, by layer.
+fn of_slots(outputs: &[(Vec<f32>, Vec<f32>)], count: usize) -> Vec<&[f32]> {
+    outputs.iter().map(|(values, _)| &values[..values.len() / SLOTS * count]).collect()
 }

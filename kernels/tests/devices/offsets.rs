@@ -1,4 +1,4 @@
-//! Device memory beyond 4 GiB: hot rows and newest rows are found there as anywhere.
+//! Device memory beyond 4 GiB: hot rows, labels and newest rows are found there as anywhere.
 
 use std::sync::Arc;
 
@@ -14,31 +14,37 @@ use crate::data::{Shape, assert_close, naive};
 const SHAPE: Shape = Shape { lanes: 8, group: 2, dim: 128, tokens: 1500, row_type: RowType::F16 };
 const FAR: u64 = 1 << 32;
 
-#[test]
-fn hot_rows_beyond_4_gib_are_those_of_a_small_store() {
+/// The last of `layers` layers, which `large` gives so much memory that `before(shape, last)` bytes of it lie before the last one's, has the bits
+/// of a layer that is alone.
+fn last_of_layers_has_the_bits_of_one(
+    seed: u64,
+    layers: usize,
+    large: impl Fn(SeatShape) -> SeatShape,
+    before: impl Fn(&SeatShape, usize) -> u64,
+) {
     let Some((gpu, compiler)) = gpu() else { return };
-    let mut hosted = hosted(&gpu, SHAPE, PLAN, 71);
+    let mut hosted = hosted(&gpu, SHAPE, PLAN, seed);
     let (settings, length) = (settings(8), SHAPE.tokens);
     let count = settings.selected_tokens(length);
     let small = hosted.shape(Kept::Pool(count), count);
-    // With the most places that a lane can have, those of the last layer begin beyond 4 GiB.
-    let (layers, pool) = (18, 65_472);
-    let seat_shape = SeatShape { layers, kept: Kept::Pool(pool), ..small.0.clone() };
-    let before = (layers - 1) * SHAPE.lanes * pool * hosted.layer.geometry.row_bytes();
-    assert!(before as u64 >= FAR, "{before} bytes before the last layer's hot rows");
+    let seat_shape = large(SeatShape { layers, ..small.0.clone() });
+    let last = layers - 1;
+    let bytes = before(&seat_shape, last);
+    assert!(bytes >= FAR, "{bytes} bytes before the last layer's");
     let host = HostPart::whole(0, hosted.layer.geometry.page_bytes() as u64);
     let of_layer = BatchLayer { coder: &hosted.coder, scales: hosted.layer.geometry.scales.clone(), host };
     let stream = gpu.new_stream().expect("a stream");
-    let mut large = Batch::new(&gpu, &compiler, &stream, &small.1, &vec![of_layer; layers]).expect("a batch");
-    large.set_host(&hosted.host).expect("planes");
-    let seat = Arc::new(Seat::new(&gpu, &stream, &seat_shape).expect("a seat of 4.9 GB"));
+    let batch_shape = BatchShape { max_tokens: seat_shape.max_tokens, ..small.1.clone() };
+    let mut batch = Batch::new(&gpu, &compiler, &stream, &batch_shape, &vec![of_layer; layers]).expect("a batch");
+    batch.set_host(&hosted.host).expect("planes");
+    let seat = Arc::new(Seat::new(&gpu, &stream, &seat_shape).expect("a seat of 5 GB"));
     seat.set_host_places(&stream, 0, &hosted.places).expect("places");
-    large.sit(0, &seat).expect("seated");
-    let (last, horizon) = (layers - 1, settings.horizon(length) / 256);
-    large.make_labels(last, &seat, 0, &hosted.host_pages(0..horizon)).expect("labels");
+    batch.sit(0, &seat).expect("seated");
+    let horizon = settings.horizon(length) / 256;
+    batch.make_labels(last, &seat, 0, &hosted.host_pages(0..horizon)).expect("labels");
     let tail: Vec<&[u8]> = hosted.layer.pages[horizon..].iter().map(Vec::as_slice).collect();
     seat.write_tail(&stream, last, horizon, &tail).expect("newest rows");
-    large.set_length(0, length, &settings, None).expect("a length that fits");
+    batch.set_length(0, length, &settings, None).expect("a length that fits");
 
     let mut expected = hosted.seated(&gpu, &compiler, &small, length, &settings);
     let newest = hosted.newest(length);
@@ -49,12 +55,28 @@ fn hot_rows_beyond_4_gib_are_those_of_a_small_store() {
             query = hosted.layer.queries(1);
         }
         let result = step(&mut expected, &query, &newest);
-        large.set_queries(last, &query).expect("queries");
-        large.set_new_rows(last, &newest).expect("newest rows");
-        large.send_states().expect("states");
-        large.enqueue_layer(last, 0..1, Cut::Halves).expect("a step");
-        assert!(large.outputs(last).expect("outputs") == result, "step {round}");
+        batch.set_queries(last, &query).expect("queries");
+        batch.set_new_rows(last, &newest).expect("newest rows");
+        batch.send_states().expect("states");
+        batch.enqueue_layer(last, 0..1, Cut::Halves).expect("a step");
+        assert!(batch.outputs(last).expect("outputs") == result, "step {round}");
     }
+}
+
+#[test]
+fn hot_rows_beyond_4_gib_are_those_of_a_small_store() {
+    // With the most places that a lane can have, those of the last layer begin beyond 4 GiB.
+    const POOL: usize = 65_472;
+    let large = |shape| SeatShape { kept: Kept::Pool(POOL), ..shape };
+    last_of_layers_has_the_bits_of_one(71, 18, large, |shape, last| (last * SHAPE.lanes * POOL * shape.geometry.row_bytes()) as u64);
+}
+
+#[test]
+fn labels_beyond_4_gib_are_those_of_a_small_store() {
+    // A seat has labels for as many tokens as it has room for, layer by layer.
+    const CHUNKS: usize = 7_800;
+    let large = |shape| SeatShape { max_tokens: CHUNKS * 256, ..shape };
+    last_of_layers_has_the_bits_of_one(73, 18, large, |shape, last| last as u64 * shape.label_slab(CHUNKS).layer_bytes());
 }
 
 #[test]

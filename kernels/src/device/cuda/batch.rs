@@ -96,7 +96,7 @@ pub struct Batch {
     pub(super) states: PinnedBuffer<SequenceState>,
     device_states: DeviceBuffer<SequenceState>,
     /// `[layer][slot][query head][head_dim]`, and the outputs.
-    queries: DeviceBuffer<f32>,
+    pub(super) queries: DeviceBuffer<f32>,
     outputs: DeviceBuffer<f32>,
     lse: DeviceBuffer<f32>,
     /// `[layer][slot][lane][row_bytes]`.

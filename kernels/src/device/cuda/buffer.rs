@@ -180,6 +180,22 @@ impl<T: Pod> DeviceBuffer<T> {
         Ok(())
     }
 
+    /// Enqueues the copy of elements of another buffer, of `range` there, to the elements from `first` on.
+    ///
+    /// # Errors
+    /// A copy that the driver refuses.
+    pub fn copy_from(&self, stream: &CudaStream, first: usize, other: &Self, range: Range<usize>) -> Result<(), CudaError> {
+        let (to, from) = (self.checked(first, range.len()), other.checked(range.start, range.len()));
+        self.context.bind_to_thread().doing("entering the context")?;
+        if !range.is_empty() {
+            // SAFETY: both ranges lie in their buffers, and freeing a buffer waits for the device.
+            unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, range.len() * size_of::<T>(), stream.cu_stream()) }
+                .result()
+                .doing("copying on the device")?;
+        }
+        Ok(())
+    }
+
     /// Enqueues zeros into the elements of `range`.
     ///
     /// # Errors

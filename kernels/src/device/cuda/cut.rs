@@ -10,8 +10,8 @@ const HALVES_PAY_BYTES: u64 = 1 << 20;
 pub enum Cut {
     /// A part is a sequence: as few launches as can be, for steps that find their rows hot.
     Whole,
-    /// The first and the last sequence are two parts each, of half of the lanes: the link is idle until the first part has selected, and after
-    /// the last one has been fetched.
+    /// For steps that miss rows. Of few sequences the first and the last are two parts each, of half of the lanes: the link is idle until the
+    /// first part has selected, and after the last one has been fetched.
     Halves,
 }
 

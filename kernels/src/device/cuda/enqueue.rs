@@ -6,6 +6,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use super::batch::Batch;
+use super::buffer::DeviceBuffer;
 use super::cut::Cut;
 use super::error::CudaError;
 use super::jobs::StepJob;
@@ -45,6 +46,30 @@ impl Batch {
             }
         }
         self.pipeline.end(micro_batches)
+    }
+
+    /// Enqueues, on a stream that `after` of [`Batch::enqueue_step`] has been given, the copy of queries of some slots in one layer, which are at
+    /// their own places in `from`: `[layer][slot][query head][head_dim]`.
+    ///
+    /// # Errors
+    /// A copy that the driver refuses.
+    pub fn enqueue_queries(
+        &self,
+        stream: &CudaStream,
+        layer: usize,
+        slots: Range<usize>,
+        from: &DeviceBuffer<f32>,
+    ) -> Result<(), CudaError> {
+        let shape = self.shape();
+        let a_slot = shape.geometry.heads.query_heads() * shape.geometry.head_dim;
+        assert!(
+            layer < self.layers() && slots.end <= shape.slots,
+            "slots {slots:?} of {} in layer {layer} of {}",
+            shape.slots,
+            self.layers()
+        );
+        let own = (layer * shape.slots + slots.start) * a_slot..(layer * shape.slots + slots.end) * a_slot;
+        self.queries.copy_from(stream, own.start, from, own)
     }
 
     /// Enqueues the exact attention of one layer of some slots over all rows kept: for steps that select nothing, or everything of

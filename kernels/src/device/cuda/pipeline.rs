@@ -20,8 +20,9 @@ use super::joint::{Joins, JointKernels};
 use super::open::Gpu;
 use super::step::{ITEMS_ALONE, ITEMS_BESIDE, SAMPLE_ALONE, SAMPLE_BESIDE, StepGrid, StepKernels};
 
-/// Sequences of a step up to which the link bounds it, so that each selects as fast as it can and micro-batches are fetched one after the other.
-/// Of more the kernels do, so that selections leave room for scores and gathers leave half of the processors to both.
+/// Sequences of a step up to which the link bounds it, so that the first and the last are halved, each selects as fast as it can, and
+/// micro-batches are fetched one after the other. Of more the kernels do, so that there are as few launches as can be, selections leave room
+/// for scores, and gathers leave half of the processors to both.
 const FEW_SEQUENCES: usize = 4;
 
 const JOINING: &str = "joining streams";
@@ -69,14 +70,18 @@ fn select_blocks_beside(processors: usize, lanes: usize) -> usize {
     1 << (processors / lanes).clamp(LEAST_PARTS, PARTS).ilog2()
 }
 
+fn slots_of(micro_batches: &[Range<usize>]) -> usize {
+    micro_batches.iter().map(ExactSizeIterator::len).sum()
+}
+
 /// What parts of a layer are launched with.
 struct PartKinds {
     /// How many there are.
     parts: usize,
     /// Of several micro-batches.
     are_apart: bool,
-    /// Not halved, and so expected to find their rows.
-    are_whole: bool,
+    /// Expected to find their rows.
+    are_hot: bool,
     /// Whether the link bounds the step, rather than kernels.
     are_few: bool,
     gather_blocks: usize,
@@ -85,12 +90,12 @@ struct PartKinds {
 
 impl PartKinds {
     fn new(pipeline: &Pipeline, micro_batches: &[Range<usize>], parts: usize, cut: Cut) -> Self {
-        let slots = micro_batches.iter().map(ExactSizeIterator::len).sum::<usize>();
+        let slots = slots_of(micro_batches);
         let (are_apart, are_few, gather_blocks) = (micro_batches.len() > 1, slots <= FEW_SEQUENCES, pipeline.blocks.gather);
         Self {
             parts,
             are_apart,
-            are_whole: cut == Cut::Whole,
+            are_hot: cut == Cut::Whole,
             are_few,
             gather_blocks: if are_few { gather_blocks } else { gather_blocks.div_ceil(2) },
             items: if slots > 1 { ITEMS_BESIDE } else { ITEMS_ALONE },
@@ -104,7 +109,7 @@ impl PartKinds {
 
     /// Of few sequences each selection is what the link waits for, if it has anything to fetch; otherwise each selects while others are scored.
     fn select_blocks(&self, pipeline: &Pipeline, part: &Part) -> usize {
-        if self.are_few && !self.are_whole { PARTS } else { select_blocks_beside(pipeline.processors, part.lanes.len()) }
+        if self.are_few && !self.are_hot { PARTS } else { select_blocks_beside(pipeline.processors, part.lanes.len()) }
     }
 }
 
@@ -157,10 +162,11 @@ impl Pipeline {
         self.joint.as_ref().map_or(1, JointKernels::most_members)
     }
 
-    /// The parts of a layer in their order, and by micro-batch which of them are its own. One micro-batch alone is cut as `cut` says; several
-    /// need no halves, since the link has the others' rows to fetch.
+    /// The parts of a layer in their order, and by micro-batch which of them are its own. Few sequences of one micro-batch are cut as `cut` says.
+    /// Several micro-batches need no halves, since the link has the others' rows to fetch; and of many sequences the kernels bound the step, of
+    /// which halves are more.
     fn parts(&self, micro_batches: &[Range<usize>], cut: Cut) -> (Vec<Part>, Vec<Range<usize>>) {
-        let cut = if micro_batches.len() > 1 { Cut::Whole } else { cut };
+        let cut = if micro_batches.len() > 1 || slots_of(micro_batches) > FEW_SEQUENCES { Cut::Whole } else { cut };
         let (mut parts, mut own) = (Vec::new(), Vec::new());
         for slots in micro_batches {
             let first = parts.len();
@@ -265,7 +271,7 @@ impl Pipeline {
             gather_blocks: kinds.gather_blocks,
             ..self.alone()
         };
-        let begun = (kinds.are_whole && !is_scored).then_some(&self.scored[number]);
+        let begun = (kinds.are_hot && !is_scored).then_some(&self.scored[number]);
         // SAFETY: the caller's promise; parts have nothing in common that a launch writes.
         unsafe {
             if !is_scored {
