@@ -13,17 +13,12 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaEvent, CudaStream};
 
-use super::cut::{Cut, Part};
+use super::cut::{Cut, FEW_SEQUENCES, Part};
 use super::error::{CudaError, Doing};
 use super::jobs::{LEAST_PARTS, PARTS, StepJob};
 use super::joint::{Joins, JointKernels};
 use super::open::Gpu;
 use super::step::{ITEMS_ALONE, ITEMS_BESIDE, SAMPLE_ALONE, SAMPLE_BESIDE, StepGrid, StepKernels};
-
-/// Sequences of a step up to which the link bounds it, so that the first and the last are halved, each selects as fast as it can, and
-/// micro-batches are fetched one after the other. Of more the kernels do, so that there are as few launches as can be, selections leave room
-/// for scores, and gathers leave half of the processors to both.
-const FEW_SEQUENCES: usize = 4;
 
 const JOINING: &str = "joining streams";
 
@@ -70,10 +65,6 @@ fn select_blocks_beside(processors: usize, lanes: usize) -> usize {
     1 << (processors / lanes).clamp(LEAST_PARTS, PARTS).ilog2()
 }
 
-fn slots_of(micro_batches: &[Range<usize>]) -> usize {
-    micro_batches.iter().map(ExactSizeIterator::len).sum()
-}
-
 /// What parts of a layer are launched with.
 struct PartKinds {
     /// How many there are.
@@ -90,7 +81,7 @@ struct PartKinds {
 
 impl PartKinds {
     fn new(pipeline: &Pipeline, micro_batches: &[Range<usize>], parts: usize, cut: Cut) -> Self {
-        let slots = slots_of(micro_batches);
+        let slots = micro_batches.iter().map(ExactSizeIterator::len).sum::<usize>();
         let (are_apart, are_few, gather_blocks) = (micro_batches.len() > 1, slots <= FEW_SEQUENCES, pipeline.blocks.gather);
         Self {
             parts,
@@ -122,7 +113,7 @@ impl Pipeline {
         blocks: StepBlocks,
         slots: usize,
     ) -> Result<Self, CudaError> {
-        let parts = Cut::Halves.parts(slots, blocks.lanes).len();
+        let parts = Cut::most_parts(slots, blocks.lanes);
         let event = || gpu.context.new_event(None).doing("making an event");
         let events = || (0..parts).map(|_| event()).collect::<Result<Vec<_>, _>>();
         let mut streams = vec![Arc::clone(stream)];
@@ -162,11 +153,10 @@ impl Pipeline {
         self.joint.as_ref().map_or(1, JointKernels::most_members)
     }
 
-    /// The parts of a layer in their order, and by micro-batch which of them are its own. Few sequences of one micro-batch are cut as `cut` says.
-    /// Several micro-batches need no halves, since the link has the others' rows to fetch; and of many sequences the kernels bound the step, of
-    /// which halves are more.
+    /// The parts of a layer in their order, and by micro-batch which of them are its own. One micro-batch alone is cut as `cut` says; several
+    /// need no halves, since the link has the others' rows to fetch.
     fn parts(&self, micro_batches: &[Range<usize>], cut: Cut) -> (Vec<Part>, Vec<Range<usize>>) {
-        let cut = if micro_batches.len() > 1 || slots_of(micro_batches) > FEW_SEQUENCES { Cut::Whole } else { cut };
+        let cut = if micro_batches.len() > 1 { Cut::Whole } else { cut };
         let (mut parts, mut own) = (Vec::new(), Vec::new());
         for slots in micro_batches {
             let first = parts.len();
